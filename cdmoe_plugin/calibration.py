@@ -1,0 +1,224 @@
+"""From a hub name, a local file, a `Dataset`, texts or token ids to batches of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .config import CondenseConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+# The paper's calibration data: the first shard of C4's English training split, in which samples are drawn.
+C4_NAME = "allenai/c4"
+C4_FILES = "en/c4-train.00000-of-01024.json.gz"
+_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEXT_COLUMNS = ("text", "content")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids `[B, S]` int64, padded on the right, and their attention mask `[B, S]` int64 (1 is a token)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def truncate(self, rows: int, length: int) -> TokenBatch:
+        """The first tokens of the first sequences."""
+        return TokenBatch(self.input_ids[:rows, :length], self.attention_mask[:rows, :length])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token batches and where they are from.
+
+    Args:
+        batches (`list[TokenBatch]`): Sequences of similar length together, so that little is padding.
+        source (`str`): What the user named.
+        num_samples (`int`): Number of sequences.
+        num_tokens (`int`): Number of tokens, without padding.
+        fingerprint (`str`): SHA-256 over the token ids in the order in which they were drawn.
+    """
+
+    batches: list[TokenBatch]
+    source: str
+    num_samples: int
+    num_tokens: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a plan remembers of its calibration."""
+        names = ("source", "num_samples", "num_tokens", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
+
+def load_calibration(
+    source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Calibration:
+    """Turns anything that a user may call calibration data into token batches.
+
+    Args:
+        source: None (C4 as in the paper), a name on the hub, a local .txt/.json/.jsonl/.parquet file, a `Dataset`, a
+            list of texts, or a list of token-id lists or 1-D tensors.
+        config (`CondenseConfig`): Number and length of samples, batch size, seed.
+        tokenizer: Needed for texts only. Its own special tokens are added (C4 through DeepSeek's has a BOS).
+
+    Raises:
+        ValueError: if there is no text, no tokenizer for texts, no column with texts, or if no sequence has the two
+            tokens that a divergence over positions needs.
+    """
+    name, samples = _open(source)
+    drawn = _draw(samples, config)
+    if not drawn:
+        raise ValueError(f"The calibration data ({name}) is empty.")
+    sequences = _tokenize(drawn, tokenizer, config.max_length, name)
+    sequences = [ids for ids in sequences if len(ids) >= 2]
+    if not sequences:
+        raise ValueError(
+            f"The calibration data ({name}) has no sequence of at least two tokens; {len(drawn)} samples were read."
+        )
+    dropped = len(drawn) - len(sequences)
+    if dropped:
+        logger.warning(f"{dropped} of {len(drawn)} calibration samples have fewer than two tokens and are not used.")
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    ordered = sorted(sequences, key=len)
+    groups = [ordered[i : i + config.batch_size] for i in range(0, len(ordered), config.batch_size)]
+    return Calibration(
+        batches=[_pad(group, pad) for group in groups],
+        source=name,
+        num_samples=len(sequences),
+        num_tokens=sum(map(len, sequences)),
+        fingerprint=hashlib.sha256(repr(sequences).encode()).hexdigest(),
+    )
+
+
+def needs_tokenizer(source: Any) -> bool:
+    """Whether a calibration source holds texts (anything but lists of token ids and datasets with `input_ids`)."""
+    if isinstance(source, (list, tuple)):
+        return bool(source) and isinstance(source[0], str)
+    return "input_ids" not in (getattr(source, "column_names", None) or ())
+
+
+def _open(source: Any) -> tuple[str, Iterable[Any]]:
+    if source is None:
+        return f"{C4_NAME} ({C4_FILES})", _stream_hub(C4_NAME, data_files={"train": C4_FILES})
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.exists() or path.suffix in _FORMATS:
+            return str(source), _open_file(path)
+        return str(source), _stream_hub(str(source))
+    columns = getattr(source, "column_names", None)
+    if columns is not None or hasattr(source, "features"):
+        return f"a {type(source).__name__}", _column(source)
+    if isinstance(source, Tensor) and source.ndim == 2:
+        return "token ids", list(source)
+    if isinstance(source, Sequence):
+        kinds = {"texts" if isinstance(sample, str) else "token ids" for sample in source}
+        if len(kinds) > 1:
+            raise ValueError("The calibration data mixes texts and token ids.")
+        return kinds.pop() if kinds else "an empty list", source
+    raise ValueError(
+        "`calibration` should be None (C4), a hub name, a local .txt/.json/.jsonl/.parquet file, a Dataset, a list of "
+        f"texts or a list of token ids, but is a {type(source).__name__}."
+    )
+
+
+def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"The calibration file {path} does not exist.")
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"The calibration file {path} should end in one of {', '.join(_FORMATS)}.")
+    if path.stat().st_size == 0:
+        return []
+    from datasets import load_dataset
+
+    return _column(load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train"))
+
+
+def _stream_hub(name: str, **kwargs: Any) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return _column(load_dataset(name, split="train", streaming=True, **kwargs))
+    except Exception as error:
+        raise ValueError(
+            f"The calibration data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). Pass "
+            "`calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
+        ) from error
+
+
+def _column(dataset: Any) -> Any:
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if "input_ids" in columns:
+        return _Column(dataset, "input_ids")
+    name = next((column for column in _TEXT_COLUMNS if column in columns), None)
+    if name is None and len(columns) == 1:
+        name = columns[0]
+    if name is None:
+        raise ValueError(
+            f"The calibration data has the columns {columns}; it needs one named 'text' (or 'input_ids' for token ids)."
+        )
+    return _Column(dataset, name)
+
+
+class _Column:
+    """One column of a map-style or a streaming dataset."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset = dataset
+        self.name = name
+
+    def draw(self, num: int, seed: int) -> list[Any]:
+        """At most `num` samples, at random."""
+        if hasattr(self.dataset, "__len__"):
+            rows = random.Random(seed).sample(range(len(self.dataset)), min(num, len(self.dataset)))
+            return [self.dataset[row][self.name] for row in rows]
+        return [row[self.name] for row in self.dataset.shuffle(seed=seed, buffer_size=10_000).take(num)]
+
+
+def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
+    """At most `num_samples` of the samples that are not blank; of a list in memory, its own order is kept."""
+    if isinstance(samples, _Column):
+        return [s for s in samples.draw(config.num_samples, config.seed) if not _is_blank(s)]
+    samples = [sample for sample in samples if not _is_blank(sample)]
+    if len(samples) > config.num_samples:
+        rows = sorted(random.Random(config.seed).sample(range(len(samples)), config.num_samples))
+        samples = [samples[row] for row in rows]
+    return samples
+
+
+def _is_blank(sample: Any) -> bool:
+    return not sample.strip() if isinstance(sample, str) else sample is None or len(sample) == 0
+
+
+def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) -> list[list[int]]:
+    if isinstance(samples[0], str):
+        if tokenizer is None:
+            raise ValueError(f"The calibration data ({name}) is text: pass `tokenizer=` as well, or token ids.")
+        return tokenizer(samples, truncation=True, max_length=max_length)["input_ids"]
+    sequences = []
+    for i, sample in enumerate(samples):
+        ids = sample.tolist() if isinstance(sample, Tensor) else list(sample)
+        if not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise ValueError(f"Calibration sample {i} should be a list of token ids, but is {str(sample)[:60]}.")
+        sequences.append(ids[:max_length])
+    return sequences
+
+
+def _pad(group: list[list[int]], pad: int) -> TokenBatch:
+    length = max(map(len, group))
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in group])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in group])
+    return TokenBatch(ids, mask)

@@ -1,0 +1,178 @@
+"""Folds experts into dense MLPs, puts these in place of sparse blocks, and makes the model a condensed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import modeling_cdmoe
+from .modeling_cdmoe import CondensedMLP, CondensedModelMixin, Omitted, condensed_model_class, silence_router_loss
+from .plan import CondensedLayer, CondensePlan
+from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
+
+# A condensed model gives its plan as an object where this package is there to make one.
+modeling_cdmoe.plan_from_dict = CondensePlan.from_dict
+
+
+@torch.no_grad()
+def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> CondensedMLP:
+    """The condensed form of a sparse block: one dense MLP of width `I_s + K * I`, in the block's dtype and place.
+
+    Gates (and the block's constant factors) are folded into the down projection in float32 and rounded once.
+
+    Args:
+        block (`SparseBlock`): The sparse block; it is not changed.
+        experts (`Sequence[int]`): The kept routed experts, K of them.
+        gates (`Sequence[float]`): Their constant gates.
+    """
+    shared = block.shared_weights()
+    routed = block.expert_weights()
+    parts = [] if shared is None else [(shared, block.shared_scale)]
+    kept = [GatedWeights(routed.gate[e], routed.up[e], routed.down[e]) for e in experts]
+    parts += list(zip(kept, gates, strict=True))
+    bias = shared is not None and any(b is not None for b in shared[3:])
+    if bias and block.shared_gate is not None:
+        raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
+    width = block.shared_intermediate_size + len(experts) * block.intermediate_size
+    with torch.device("meta"):
+        mlp = CondensedMLP(
+            block.hidden_size,
+            width,
+            block.hidden_act,
+            shared_intermediate_size=block.shared_intermediate_size,
+            shared_expert_gate=block.shared_gate is not None,
+            bias=bias,
+        )
+    mlp = mlp.to(block.dtype).to_empty(device=block.device)
+    start = 0
+    for weights, factor in parts:
+        rows = slice(start, start := start + weights.gate.shape[0])
+        mlp.gate_proj.weight[rows] = weights.gate
+        mlp.up_proj.weight[rows] = weights.up
+        mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
+    if bias:
+        _fold_biases(mlp, shared, block.shared_scale)
+    if mlp.shared_expert_gate is not None:
+        mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
+    return mlp.train(block.module.training)
+
+
+def _fold_biases(mlp: CondensedMLP, shared: GatedWeights, scale: float) -> None:
+    """Routed experts have no biases; the shared expert's go to its own neurons."""
+    for linear, bias in ((mlp.gate_proj, shared.gate_bias), (mlp.up_proj, shared.up_bias)):
+        linear.bias.zero_()
+        if bias is not None:
+            linear.bias[: bias.shape[0]] = bias
+    mlp.down_proj.bias.zero_()
+    if shared.down_bias is not None:
+        mlp.down_proj.bias.copy_((shared.down_bias.float() * scale).to(mlp.down_proj.bias.dtype))
+
+
+def install(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> None:
+    """Puts a condensed MLP in place of a sparse block for good."""
+    for parent, name, module in _places(model, block, mlp):
+        setattr(parent, name, module)
+
+
+@contextmanager
+def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> Iterator[None]:
+    """Puts a condensed MLP in place of a sparse block for a while."""
+    places = _places(model, block, mlp)
+    before = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
+    try:
+        for parent, name, module in places:
+            setattr(parent, name, module)
+        yield
+    finally:
+        for parent, name, module in before:
+            setattr(parent, name, module)
+
+
+def _places(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> list[tuple[nn.Module, str, nn.Module]]:
+    parent_path, _, name = block.path.rpartition(".")
+    parent = model.base_model.get_submodule(parent_path)
+    places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
+    if block.shared_name is not None:
+        places.append((parent, block.shared_name, Omitted()))
+    return places
+
+
+def layer_spec(block: SparseBlock, mlp: CondensedMLP) -> dict[str, Any]:
+    """What config.json must tell to build a condensed layer again (see `modeling_cdmoe.install_condensed_layers`)."""
+    return {
+        "module": block.path,
+        "intermediate_size": mlp.intermediate_size,
+        "shared_intermediate_size": mlp.shared_intermediate_size,
+        "shared_expert_gate": mlp.shared_expert_gate is not None,
+        "bias": mlp.gate_proj.bias is not None,
+        "hidden_act": block.hidden_act,
+        "omitted": [] if block.shared_name is None else [block.shared_name],
+    }
+
+
+def become_condensed(
+    model: PreTrainedModel, plan: CondensePlan, specs: Mapping[int, dict[str, Any]], all_condensed: bool
+) -> None:
+    """Turns a model whose blocks have been replaced into an instance of its condensed class, config included.
+
+    The config object stays the same one: every module of the model refers to it.
+    """
+    condensed_class = condensed_model_class(type(model))
+    model.__class__ = condensed_class
+    config = model.config
+    config.__class__ = condensed_class.config_class
+    config.condense_config = {
+        **(plan.config or {}),
+        "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
+        "all_condensed": all_condensed,
+        "plan": plan.to_dict(),
+    }
+    if all_condensed:
+        silence_router_loss(model)
+    model.add_model_tags(["cdmoe"])
+
+
+def refuse_condensed(model: PreTrainedModel) -> None:
+    """Raises where a model is condensed already.
+
+    Raises:
+        ValueError: naming its condensed layers.
+    """
+    if isinstance(model, CondensedModelMixin):
+        layers = sorted(map(int, model.config.condense_config["condensed_layers"]))
+        raise ValueError(
+            f"This model is condensed already (decoder layers {layers}). Start from the sparse model; for a smaller budget "
+            "use `plan.truncate`."
+        )
+
+
+def apply_layers(model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer]) -> dict[int, Any]:
+    """Folds and installs every layer of a plan; returns the specs for config.json by decoder layer."""
+    by_layer = {block.layer: block for block in blocks}
+    specs = {}
+    for chosen in layers:
+        block = by_layer[chosen.layer]
+        mlp = fold(block, chosen.experts, chosen.gates)
+        install(model, block, mlp)
+        specs[chosen.layer] = layer_spec(block, mlp)
+    return specs
+
+
+def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
+    """The condensed MLPs of a condensed model by decoder layer, in the order of depth.
+
+    Raises:
+        ValueError: if the model is not condensed.
+    """
+    config = getattr(model.config, "condense_config", None)
+    if not config:
+        raise ValueError(f"{type(model).__name__} is not condensed: use `condense_pretrained` or `apply_plan` first.")
+    specs = sorted(config["condensed_layers"].items(), key=lambda item: int(item[0]))
+    return {int(layer): model.base_model.get_submodule(spec["module"]) for layer, spec in specs}
+
+

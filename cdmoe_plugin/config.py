@@ -1,0 +1,125 @@
+"""What the user asks for: how many layers and experts, and how they are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CondenseConfig:
+    """How to condense a sparse model (CD-MoE, arXiv 2412.00069); the defaults are the paper's headline.
+
+    Args:
+        num_layers (`int`, defaults to 9): Sparse layers to condense, chosen by `layer_selection`. Ignored if
+            `layers` is given.
+        num_experts (`int`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared expert only.
+        layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
+            order and without a layer search.
+        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1.
+        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2.
+        metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
+            condensed form: "js", "kl" or "mse".
+        compare (`str`, defaults to `"hidden"`): Output that the layer search compares: "hidden" is the last hidden
+            state after the final norm (as in the published code), "logits" what the language-modelling head says.
+        gates (`str`, defaults to `"mean"`): How the constant gates are set; "mean" is Eq. 2.
+        refit (`str`, *optional*): How condensed layers are fitted to the sparse ones afterwards. None: not at all.
+        num_samples (`int`, defaults to 100): Calibration samples to use, at most.
+        max_length (`int`, defaults to 512): Tokens per calibration sample, at most.
+        batch_size (`int`, defaults to 8): Calibration samples per forward pass.
+        seed (`int`, defaults to 0): Seed of every random choice, such as which samples are drawn.
+        cache_memory (`str`, defaults to `"4GB"`): Memory for intermediate results that a search keeps instead of
+            computing them again (expert outputs, hidden states at layer boundaries), per search. Less is slower and
+            gives the same plan.
+
+    Raises:
+        ValueError: if a field has a wrong type or value. Names of methods are checked where they are registered.
+    """
+
+    num_layers: int = _help("Number of sparse layers to condense (without `layers`).", 9)
+    num_experts: int = _help(
+        "Routed experts kept in each condensed layer; 0 keeps the shared expert only.", 6
+    )
+    layers: list[int] | None = _help(
+        "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
+    )
+    expert_selection: str = _help("How experts are chosen: greedy (Algorithm 1).", "greedy")
+    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2).", "greedy")
+    metric: str = _help("Divergence that the searches minimise: js, kl or mse.", "js")
+    compare: str = _help("Model output that the layer search compares: hidden or logits.", "hidden")
+    gates: str = _help("How the constant gates are set: mean (Eq. 2).", "mean")
+    refit: str | None = _help("How condensed layers are fitted afterwards: not at all if unset.", None)
+    num_samples: int = _help("Calibration samples to use, at most.", 100)
+    max_length: int = _help("Tokens per calibration sample, at most.", 512)
+    batch_size: int = _help("Calibration samples per forward pass.", 8)
+    seed: int = _help("Seed of every random choice, such as which samples are drawn.", 0)
+    cache_memory: str = _help(
+        "Memory for what a search keeps instead of computing it again, such as 4GB; less is slower, same plan.",
+        "4GB",
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            self._check_layers()
+            self.num_layers = len(self.layers)
+        for name, least in (
+            ("num_layers", 1),
+            ("num_experts", 0),
+            ("num_samples", 1),
+            ("max_length", 2),
+            ("batch_size", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if not is_int(value) or value < least:
+                raise ValueError(f"`{name}` should be a whole number of at least {least}, but is {value!r}.")
+        for name in ("expert_selection", "layer_selection", "metric", "compare", "gates"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` should be a name, but is {getattr(self, name)!r}.")
+        self.cache_bytes  # noqa: B018  (raises where `cache_memory` is not a size)
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if not isinstance(layers, (list, tuple)) or not layers or not all(map(is_int, layers)):
+            raise ValueError(f"`layers` should be a list of decoder layer indices, but is {layers!r}.")
+        self.layers = list(layers)
+        doubled = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
+        if doubled:
+            raise ValueError(f"`layers` names {doubled} more than once: {layers}.")
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_memory` in bytes."""
+        from accelerate.utils import convert_file_size_to_int
+
+        try:
+            return convert_file_size_to_int(self.cache_memory)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`cache_memory` should be a size such as '4GB' or '500MiB', but is {self.cache_memory!r}."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CondenseConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: if a key is no field of this class.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"CondenseConfig has no field {', '.join(map(repr, unknown))}.")
+        return cls(**values)
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is a whole number (and not a bool, which Python counts among them)."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,368 @@
+"""Condensed Mixture-of-Experts models for transformers, in one self-contained file.
+
+A *condensed* layer is a sparse block whose router is gone and whose kept experts, with constant gates, are
+folded with the shared expert into one dense gated MLP (CD-MoE, arXiv 2412.00069). This file knows how to build
+and open such models, and nothing of how experts and layers are chosen. It imports torch and transformers only,
+because it has two lives: as a module of the package `cdmoe_plugin`, and as a copy beside saved weights that
+`trust_remote_code=True` opens where the package is not installed.
+
+For every model class `X` of transformers there is a class `CDMoEX` here, a subclass made on first use, and for
+its config class one with `model_type` "cdmoe_<base>". `config.condense_config` says which layers are condensed
+and how wide they are; weights keep the names of the base architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import modeling_auto
+
+PREFIX = "CDMoE"
+MODEL_TYPE_PREFIX = "cdmoe_"
+PLAN_FILE = "condense_plan.json"
+# Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
+_ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
+
+
+class CondensedMLP(nn.Module):
+    """One dense gated MLP: the shared expert and the kept routed experts of a condensed layer.
+
+    Computes `down(act(gate(x)) * up(x))`. Where the base architecture scales its shared expert per token by
+    `sigmoid(w·x)` (Qwen1.5-MoE), that factor is applied to the first `shared_intermediate_size` activations, which
+    is the same function because the down projection is linear.
+
+    Args:
+        hidden_size (`int`): Width H of input and output.
+        intermediate_size (`int`): Number of neurons, `shared_intermediate_size + K * expert width`; may be 0.
+        hidden_act (`str`): Name of the activation in transformers' `ACT2FN`.
+        shared_intermediate_size (`int`): How many of the neurons, from the first, are the shared expert's.
+        shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
+        bias (`bool`): Whether the three projections have biases.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        shared_intermediate_size: int = 0,
+        shared_expert_gate: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.shared_intermediate_size = shared_intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype."""
+        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        if self.shared_expert_gate is not None:
+            shared, routed = inner.tensor_split([self.shared_intermediate_size], dim=-1)
+            shared = shared * torch.sigmoid(self.shared_expert_gate(hidden_states))
+            inner = torch.cat([shared, routed], dim=-1)
+        return self.down_proj(inner)
+
+
+class Omitted(nn.Module):
+    """Stands where a layer adds the output of a second MLP that has been folded into the condensed one."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(())
+
+
+def install_condensed_layers(model: PreTrainedModel) -> None:
+    """Puts an empty `CondensedMLP` in place of every block that `model.config.condense_config` lists.
+
+    Raises:
+        ValueError: if the config names modules that the model does not have, or describes them wrongly.
+    """
+    condense_config = getattr(model.config, "condense_config", None) or {}
+    for layer, spec in condense_config.get("condensed_layers", {}).items():
+        try:
+            parent_name, _, name = spec["module"].rpartition(".")
+            parent = model.base_model.get_submodule(parent_name)
+            parent.get_submodule(name)
+            replacement = CondensedMLP(
+                hidden_size=model.config.get_text_config().hidden_size,
+                intermediate_size=spec["intermediate_size"],
+                hidden_act=spec["hidden_act"],
+                shared_intermediate_size=spec["shared_intermediate_size"],
+                shared_expert_gate=spec["shared_expert_gate"],
+                bias=spec["bias"],
+            )
+            omitted = list(spec["omitted"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
+                f"layer {layer}: {spec!r} ({error!r}). The file was edited or comes from another version."
+            ) from error
+        replacement.train(parent.training)
+        setattr(parent, name, replacement)
+        for other in omitted:
+            setattr(parent, other, Omitted())
+
+
+def silence_router_loss(model: PreTrainedModel) -> None:
+    """Turns the router's load-balancing loss off, in the config and on the model, once no router is left.
+
+    transformers computes that loss over all routers and fails on none of them; TRL switches it on by itself
+    wherever the config holds a coefficient other than 0.
+    """
+    config = model.config
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+    for field in _ROUTER_LOSS_FIELDS:
+        for holder in (config, model):
+            if getattr(holder, field, None):
+                setattr(holder, field, 0.0)
+
+
+class CondensedModelMixin:
+    """What a condensed model adds to its base class: the condensed layers, strict loading, and safe saving."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install_condensed_layers(self)
+        if (config.condense_config or {}).get("all_condensed"):
+            silence_router_loss(self)
+        self.post_init()
+
+    @property
+    def condense_plan(self) -> Any:
+        """The plan that was applied: a `CondensePlan` with the package installed, else its plain `dict`."""
+        plan = (self.config.condense_config or {}).get("plan")
+        return plan if plan is None else plan_from_dict(plan)
+
+    # transformers looks for "@use_experts_implementation" in the source of a class's own module, here in vain, and
+    # would fall back to the slow loop over experts; the base class knows.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._base_class._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._base_class._can_set_attn_implementation()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, but raises where weights of the decoder are missing.
+
+        Raises:
+            ValueError: if any weight of the base model is not in the checkpoint or has another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        prefix = f"{model.base_model_prefix}."
+        is_base = model.base_model is model
+        lost = sorted(
+            key for key in info.get("missing_keys", ()) if is_base or str(key).startswith(prefix)
+        )
+        if lost:
+            raise ValueError(
+                f"The checkpoint {model.name_or_path!r} lacks {len(lost)} weights of this condensed model, such as "
+                f"{lost[:3]}: it was not saved whole, or its config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, and adds the plan, the modeling file and a model card.
+
+        Everything is written to a temporary folder first: if that fails, `save_directory` stays as it was.
+        """
+        only_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if only_adapters or not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        self.config.auto_map = auto_map(type(self))
+        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        stale = re.compile(rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json")
+        with replacing_folder(save_directory, stale) as folder:
+            write_modeling_file(folder, type(self))
+            plan = (self.config.condense_config or {}).get("plan")
+            if plan is not None:
+                (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+            write_model_card(self, folder)
+            super().save_pretrained(folder, **kwargs)
+
+
+def plan_from_dict(plan: dict[str, Any]) -> Any:
+    """Hook for the package, which returns a `CondensePlan` instead."""
+    return plan
+
+
+def write_model_card(model: PreTrainedModel, folder: Path) -> None:
+    """Hook for the package, which writes a README.md."""
+
+
+@contextmanager
+def replacing_folder(target: str | os.PathLike, stale: re.Pattern[str]) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `target` when the block ends without an error.
+
+    Files of an existing `target` that the block did not write are carried over, but for those whose name matches
+    `stale`: shards of an older save must not stay beside the new ones.
+    """
+    target = Path(target).absolute()
+    if target.is_file():
+        raise ValueError(f"`save_directory` should be a folder, but {target} is a file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        new = staging / "new"
+        new.mkdir()
+        yield new
+        if target.exists():
+            _carry_over(target, new, stale)
+            target.rename(staging / "old")
+        new.rename(target)
+    except BaseException:
+        if (staging / "old").exists() and not target.exists():
+            (staging / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _carry_over(source: Path, destination: Path, stale: re.Pattern[str]) -> None:
+    written = {path.name for path in destination.iterdir()}
+    for path in source.iterdir():
+        if path.name in written or stale.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, destination / path.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(path, destination / path.name)
+
+
+def _link_or_copy(source: str | os.PathLike, destination: str | os.PathLike) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
+# --- classes, made on first use ---------------------------------------------------------------------------------------
+
+
+def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of condensed models on `base`: its fields and `condense_config` (`dict`, *optional*)."""
+    return _make_class(
+        base,
+        (base,),
+        {
+            "model_type": MODEL_TYPE_PREFIX + base.model_type,
+            "condense_config": None,
+            "__annotations__": {"condense_config": "dict | None"},
+            "__doc__": f"Config of a condensed model on `{base.__name__}`.",
+        },
+    )
+
+
+def condensed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The condensed subclass of a model class of transformers (or of another architecture that it knows)."""
+    if issubclass(base, CondensedModelMixin):
+        return base
+    config_class = condensed_config_class(base.config_class)
+    for known, new in ((base.__name__, PREFIX + base.__name__), (base.config_class.model_type, config_class.model_type)):
+        mapping = get_checkpoint_conversion_mapping(known)
+        # Without this, the names on disk would change, and original checkpoints would not be understood.
+        if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
+            register_checkpoint_conversion_mapping(new, mapping)
+    return _make_class(
+        base,
+        (CondensedModelMixin, base),
+        {
+            "config_class": config_class,
+            "_base_class": base,
+            "__doc__": f"`{base.__name__}` with condensed layers.",
+        },
+    )
+
+
+def _make_class(base: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+    name = PREFIX + base.__name__
+    made = globals().get(name)
+    if made is None:
+        made = type(name, bases, {"__module__": __name__, "__qualname__": name, **namespace})
+        globals()[name] = made
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Makes `CDMoE<X>` for a config or model class `<X>` of transformers, or of this file."""
+    if name.startswith(PREFIX):
+        base_name = name.removeprefix(PREFIX)
+        base = globals().get(base_name) or getattr(transformers, base_name, None)
+        if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+            return condensed_config_class(base)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return condensed_model_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """The model class that each AutoModel class of transformers opens for a config class, by the auto class's name."""
+    found = {}
+    for auto_name, auto_class in vars(modeling_auto).items():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if not (isinstance(auto_class, type) and auto_name.startswith("AutoModel")) or mapping is None:
+            continue
+        if config_class in mapping:
+            model_class = mapping[config_class]
+            found[auto_name] = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
+    return found
+
+
+def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
+    """What config.json tells `trust_remote_code=True`: which class of the copied file each auto class opens."""
+    file = Path(modeling_file(model_class)[0]).stem
+    base = model_class._base_class
+    classes = auto_classes(base.config_class)
+    classes.setdefault("AutoModelForCausalLM" if "CausalLM" in base.__name__ else "AutoModel", base)
+    entries = {"AutoConfig": f"{file}.{PREFIX}{base.config_class.__name__}"}
+    return entries | {name: f"{file}.{PREFIX}{cls.__name__}" for name, cls in sorted(classes.items())}
+
+
+def modeling_file(model_class: type[PreTrainedModel]) -> tuple[str, str]:
+    """Name and text of the self-contained modeling file for a condensed model class.
+
+    An architecture that transformers lacks brings its own (equally self-contained) file, put before this one.
+    """
+    text = Path(__file__).read_text(encoding="utf-8")
+    base = model_class._base_class
+    if not base.__module__.startswith("transformers.") and base.__module__ != __name__:
+        base_text = Path(sys.modules[base.__module__].__file__).read_text(encoding="utf-8")
+        future = "from __future__ import annotations\n"
+        text = base_text + "\n\n" + text.replace(future, "", 1)
+    return "modeling_cdmoe.py", text
+
+
+def write_modeling_file(folder: Path, model_class: type[PreTrainedModel]) -> None:
+    """Writes the modeling file of `model_class` into `folder`."""
+    name, text = modeling_file(model_class)
+    (folder / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Model architectures that transformers itself does not hold."""

@@ -1,0 +1,1 @@
+"""DeepSeekMoE (`model_type` "deepseek"): `modeling_deepseek`, imported only when needed."""

@@ -1,0 +1,357 @@
+"""What was chosen: which layers are condensed to which experts with which gates. One JSON file, no pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .config import is_int
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SparseLayerShape:
+    """Sizes of one sparse layer, by which a plan recognises its model.
+
+    Args:
+        layer (`int`): Decoder layer index.
+        num_experts (`int`): Routed experts N.
+        intermediate_size (`int`): Neurons of one routed expert.
+        shared_intermediate_size (`int`): Neurons of the shared expert; 0 without one.
+    """
+
+    layer: int
+    num_experts: int
+    intermediate_size: int
+    shared_intermediate_size: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a sparse model that a plan must agree with before it is applied."""
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    sparse_layers: list[SparseLayerShape]
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ModelShape:
+        fields = _object(values, "model", cls.__dataclass_fields__)
+        if not isinstance(fields["model_type"], str):
+            raise ValueError(f"`model.model_type` should be a string, but is {fields['model_type']!r}.")
+        for name in ("num_hidden_layers", "hidden_size"):
+            _whole(fields[name], f"model.{name}")
+        rows = []
+        for i, row in enumerate(_list(fields["sparse_layers"], "model.sparse_layers")):
+            where = f"model.sparse_layers[{i}]"
+            row = _object(row, where, SparseLayerShape.__dataclass_fields__)
+            rows.append(SparseLayerShape(**{k: _whole(v, f"{where}.{k}") for k, v in row.items()}))
+        return cls(**{**fields, "sparse_layers": rows})
+
+
+@dataclass(frozen=True)
+class CondensedLayer:
+    """One condensed layer of a plan.
+
+    Args:
+        layer (`int`): Decoder layer index (0 is the first decoder layer, dense or not).
+        experts (`list[int]`): The kept routed experts in the order of their selection.
+        gates (`list[float]`): Their constant gates (Eq. 2), in the same order.
+        score (`float`, *optional*): Divergence of the model's output once this layer and all layers before it in the
+            plan are condensed, as the layer search measured it. None where no layer search was run.
+        expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
+            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values).
+    """
+
+    layer: int
+    experts: list[int]
+    gates: list[float]
+    score: float | None = None
+    expert_scores: list[float] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "layer") -> CondensedLayer:
+        fields = _object(values, where, cls.__dataclass_fields__)
+        _whole(fields["layer"], f"{where}.layer")
+        experts = [_whole(e, f"{where}.experts") for e in _list(fields["experts"], f"{where}.experts")]
+        gates = [_real(g, f"{where}.gates") for g in _list(fields["gates"], f"{where}.gates")]
+        if len(set(experts)) < len(experts):
+            raise ValueError(f"`{where}.experts` names an expert more than once: {experts}.")
+        if len(gates) != len(experts):
+            raise ValueError(f"`{where}` has {len(experts)} experts but {len(gates)} gates.")
+        if fields["score"] is not None:
+            _real(fields["score"], f"{where}.score")
+        scores = fields["expert_scores"]
+        if scores is not None:
+            scores = [_real(s, f"{where}.expert_scores") for s in _list(scores, f"{where}.expert_scores")]
+            if len(scores) != len(experts) + 1:
+                raise ValueError(
+                    f"`{where}.expert_scores` should have {len(experts) + 1} values, one more than there are experts, "
+                    f"but has {len(scores)}."
+                )
+        return cls(fields["layer"], experts, gates, fields["score"], scores)
+
+
+@dataclass(frozen=True)
+class CondensePlan:
+    """Which layers of a model are condensed, to which experts, with which gates.
+
+    Both greedy orders are nested, so one search serves every smaller budget: see `truncate`.
+
+    Args:
+        layers (`list[CondensedLayer]`): The condensed layers in the order of their selection.
+        model (`ModelShape`, *optional*): Sizes of the model that the plan was made for, checked before it is applied.
+        config (`dict`, *optional*): The `CondenseConfig` of the search.
+        calibration (`dict`, *optional*): What the search was run on (source, samples, tokens).
+        layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output when one layer alone is
+            condensed, by decoder layer (Figure 1 of the paper).
+    """
+
+    layers: list[CondensedLayer]
+    model: ModelShape | None = None
+    config: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    layer_divergences: dict[int, float] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        indices = [layer.layer for layer in self.layers]
+        doubled = sorted({i for i in indices if indices.count(i) > 1})
+        if doubled:
+            raise ValueError(f"The plan condenses decoder layers {doubled} more than once.")
+        if not self.layers:
+            raise ValueError("The plan condenses no layer.")
+        if self.model is not None:
+            self.check_fits(self.model)
+
+    # --- files ---
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {"version": VERSION, **asdict(self), "layer_divergences": _string_keys(self.layer_divergences)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CondensePlan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming the field, if anything is of a wrong type, unknown, doubled, not finite, or if the
+                version is another one.
+        """
+        version = values.get("version") if isinstance(values, Mapping) else None
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"This is no condense plan of version {VERSION}, the one that this package reads (found version {version!r})."
+            )
+        fields = _object(values, "plan", {"version": None, **cls.__dataclass_fields__})
+        layers = _list(fields["layers"], "layers")
+        divergences = fields["layer_divergences"]
+        if divergences is not None:
+            divergences = {
+                _layer_key(k): _real(v, f"layer_divergences.{k}")
+                for k, v in _mapping(divergences, "layer_divergences").items()
+            }
+        return cls(
+            layers=[CondensedLayer.from_dict(row, f"layers[{i}]") for i, row in enumerate(layers)],
+            model=None if fields["model"] is None else ModelShape.from_dict(fields["model"]),
+            config=_optional_mapping(fields["config"], "config"),
+            calibration=_optional_mapping(fields["calibration"], "calibration"),
+            layer_divergences=divergences,
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan as JSON; an existing file is replaced at once or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> CondensePlan:
+        """Reads a plan that `save` wrote; `path` may also be a condensed checkpoint's folder.
+
+        Raises:
+            ValueError: if the file is no valid plan.
+            FileNotFoundError: if there is none.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "condense_plan.json"
+        try:
+            return cls.from_dict(read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid condense plan: {error}") from error
+
+    @classmethod
+    def from_reference(
+        cls,
+        *,
+        expert_weights: str | os.PathLike | Mapping[str, Sequence[float]],
+        expert_order: str | os.PathLike | Mapping[str, Sequence[int]],
+        layer_order: str | os.PathLike | Sequence[int],
+        first_sparse_layer: int = 1,
+    ) -> CondensePlan:
+        """Reads the result files that the paper's authors publish; see `reference.plan_from_reference`."""
+        from .reference import plan_from_reference
+
+        return plan_from_reference(expert_weights, expert_order, layer_order, first_sparse_layer)
+
+    # --- use ---
+
+    def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
+        """The plan for a smaller budget: its first layers, with their first experts. Needs no model.
+
+        Greedy orders are nested, so the experts are those that a search for fewer would have chosen. The order of
+        layers was found with more experts kept: `score` and `layer_divergences` are dropped where experts are.
+
+        Raises:
+            ValueError: if more is asked for than the plan holds.
+        """
+        layers = self.layers
+        if num_layers is not None:
+            if not is_int(num_layers) or not 1 <= num_layers <= len(layers):
+                raise ValueError(f"`num_layers` should be between 1 and the plan's {len(layers)}, but is {num_layers!r}.")
+            layers = layers[:num_layers]
+        divergences = self.layer_divergences
+        if num_experts is not None:
+            fewest = min(len(layer.experts) for layer in layers)
+            if not is_int(num_experts) or not 0 <= num_experts <= fewest:
+                raise ValueError(f"`num_experts` should be between 0 and the plan's {fewest}, but is {num_experts!r}.")
+            if any(len(layer.experts) > num_experts for layer in layers):
+                divergences = None
+                layers = [_keep_experts(layer, num_experts) for layer in layers]
+        config = self.config
+        if config is not None:
+            config = {**config, "num_layers": len(layers)}
+            if num_experts is not None:
+                config["num_experts"] = num_experts
+            if config.get("layers") is not None:
+                config["layers"] = [layer.layer for layer in layers]
+        return replace(self, layers=layers, config=config, layer_divergences=divergences)
+
+    def check_fits(self, model: ModelShape) -> None:
+        """Checks that the plan can be applied to a model of these sizes.
+
+        Raises:
+            ValueError: naming what differs, if it was made for another model or names layers or experts that are
+                not there.
+        """
+        mine = self.model
+        if mine is not None:
+            for name in ("model_type", "num_hidden_layers", "hidden_size", "sparse_layers"):
+                if getattr(mine, name) != getattr(model, name):
+                    raise ValueError(
+                        f"The plan was made for another model: its {name} is {_short(getattr(mine, name))}, this model's "
+                        f"is {_short(getattr(model, name))}."
+                    )
+        sparse = {row.layer: row for row in model.sparse_layers}
+        for layer in self.layers:
+            if layer.layer not in sparse:
+                raise ValueError(
+                    f"The plan condenses decoder layer {layer.layer}, which is no sparse layer of this model; "
+                    f"sparse are {sorted(sparse)}."
+                )
+            beyond = [e for e in layer.experts if not 0 <= e < sparse[layer.layer].num_experts]
+            if beyond:
+                raise ValueError(
+                    f"The plan keeps experts {beyond} of decoder layer {layer.layer}, which has "
+                    f"{sparse[layer.layer].num_experts} (0 to {sparse[layer.layer].num_experts - 1})."
+                )
+
+
+def _keep_experts(layer: CondensedLayer, num_experts: int) -> CondensedLayer:
+    scores = layer.expert_scores
+    return CondensedLayer(
+        layer=layer.layer,
+        experts=layer.experts[:num_experts],
+        gates=layer.gates[:num_experts],
+        score=layer.score if len(layer.experts) == num_experts else None,
+        expert_scores=None if scores is None else scores[: num_experts + 1],
+    )
+
+
+# --- reading what somebody may have edited ---------------------------------------------------------------------------
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parses a JSON file.
+
+    Raises:
+        ValueError: if it is no JSON (NaN and Infinity, which JSON lacks, included).
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it contains {constant}")
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all `fields`, of which those that a dataclass gives a default may be missing."""
+    values = _mapping(values, where)
+    unknown = sorted(set(values) - set(fields), key=str)
+    if unknown:
+        raise ValueError(f"`{where}` has unknown fields {unknown}; known are {sorted(fields)}.")
+    found = {}
+    for name, spec in fields.items():
+        optional = spec is not None and spec.default is None
+        if name not in values and not optional:
+            raise ValueError(f"`{where}` lacks the field `{name}`.")
+        found[name] = values.get(name)
+    return found
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`{where}` should be an object, but is {_short(values)}.")
+    return values
+
+
+def _optional_mapping(values: Any, where: str) -> dict[str, Any] | None:
+    return None if values is None else dict(_mapping(values, where))
+
+
+def _list(values: Any, where: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise ValueError(f"`{where}` should be a list, but is {_short(values)}.")
+    return values
+
+
+def _whole(value: Any, where: str) -> int:
+    if not is_int(value) or value < 0:
+        raise ValueError(f"`{where}` should be a whole number from 0, but is {_short(value)}.")
+    return value
+
+
+def _real(value: Any, where: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(f"`{where}` should be a finite number, but is {_short(value)}.")
+    return float(value)
+
+
+def _layer_key(key: Any) -> int:
+    if not (isinstance(key, str) and key.isascii() and key.isdigit()):
+        raise ValueError(f"`layer_divergences` should have layer indices as keys, but has {_short(key)}.")
+    return int(key)
+
+
+def _string_keys(values: dict[int, float] | None) -> dict[str, float] | None:
+    return None if values is None else {str(key): value for key, value in values.items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

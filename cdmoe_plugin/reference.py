@@ -1,0 +1,70 @@
+"""Reads the search results that the paper's authors publish (github.com/duterscmy/CD-MoE, folder cd-moe/data)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .plan import CondensedLayer, CondensePlan, read_json
+
+
+def plan_from_reference(
+    expert_weights: str | os.PathLike | Mapping[str, Sequence[float]],
+    expert_order: str | os.PathLike | Mapping[str, Sequence[int]],
+    layer_order: str | os.PathLike | Sequence[int],
+    first_sparse_layer: int = 1,
+) -> CondensePlan:
+    """Builds a plan from the authors' three files (paths, or their parsed contents).
+
+    Their files count sparse layers from 0; plans count decoder layers.
+
+    Args:
+        expert_weights: `dynamic_weight.json`: "layer-expert" to [sum of gates, tokens, mean gate].
+        expert_order: `layer_idx_to_expert_idx.greedy_jl.json`: layer to its experts in the order of selection.
+        layer_order: `layer_idx_order.e6.json` or `.e0.json`: layers in the order of selection.
+        first_sparse_layer (`int`, defaults to 1): Decoder layer index of their layer 0 (DeepSeekMoE-16B: 1).
+
+    Returns:
+        `CondensePlan`: without scores and without a model's sizes, which the files do not tell.
+
+    Raises:
+        ValueError: naming the layer or expert, if a file has another shape or lacks one that another file names.
+    """
+    weights = _read(expert_weights, dict, "expert_weights")
+    experts = _read(expert_order, dict, "expert_order")
+    order = _read(layer_order, list, "layer_order")
+    rows = []
+    for index in order:
+        chosen = experts.get(str(index))
+        if not isinstance(chosen, list):
+            raise ValueError(f"`expert_order` has no list of experts for layer {index!r} of `layer_order`.")
+        rows.append(
+            {
+                "layer": index + first_sparse_layer,
+                "experts": chosen,
+                "gates": [_mean_gate(weights, index, expert) for expert in chosen],
+            }
+        )
+    return CondensePlan([CondensedLayer.from_dict(row, f"layer {row['layer']}") for row in rows])
+
+
+def _read(source: Any, kind: type, name: str) -> Any:
+    values = read_json(source) if isinstance(source, (str, os.PathLike)) else source
+    if isinstance(values, Mapping):
+        values = dict(values)
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        values = list(values)
+    if not isinstance(values, kind):
+        raise ValueError(f"`{name}` should hold a {kind.__name__}, but holds a {type(values).__name__}.")
+    return values
+
+
+def _mean_gate(weights: Mapping[str, Any], layer: int, expert: int) -> float:
+    entry = weights.get(f"{layer}-{expert}")
+    if not isinstance(entry, Sequence) or len(entry) != 3:
+        raise ValueError(
+            f"`expert_weights` has no [sum, tokens, mean] for expert {expert} of layer {layer}: no token chose it, so it "
+            "has no gate and can't be kept."
+        )
+    return float(entry[2])

@@ -1,0 +1,23 @@
+"""Which experts and layers are kept, and with which gates: Algorithms 1 and 2 of CD-MoE, and what may replace them.
+
+A method is a function in one of the registries: `gates.GATES`, `experts.EXPERT_SELECTIONS`,
+`layers.LAYER_SELECTIONS`, and `divergence.METRICS` for what they minimise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(registry: Mapping[str, T], name: str, field: str) -> T:
+    """The method registered under a name.
+
+    Raises:
+        ValueError: naming the config field and the methods that exist, if there is none of that name.
+    """
+    if name not in registry:
+        raise ValueError(f"`{field}` is {name!r}, but only {', '.join(map(repr, registry))} exist.")
+    return registry[name]
