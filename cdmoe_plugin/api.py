@@ -158,7 +158,9 @@ def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -
     blocks = find_sparse_blocks(model)
     plan.check_fits(model_shape(model, blocks))
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("Quantised weights can't be folded: condense the model first and quantise the saved checkpoint.")
+        raise ValueError(
+            "Quantised weights can't be folded: condense the model first and quantise the saved checkpoint."
+        )
     specs = apply_layers(model, blocks, plan.layers)
     become_condensed(model, plan, specs, all_condensed=len(specs) == len(blocks))
     return model
@@ -191,7 +193,9 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
         if wrong:
             raise ValueError(f"`layers` names {wrong}, which are no sparse decoder layers; sparse are {sparse}.")
     elif config.num_layers > len(sparse):
-        raise ValueError(f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}.")
+        raise ValueError(
+            f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}."
+        )
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
         if chosen and config.num_experts > block.num_experts:

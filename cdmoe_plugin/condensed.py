@@ -151,7 +151,9 @@ def refuse_condensed(model: PreTrainedModel) -> None:
         )
 
 
-def apply_layers(model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer]) -> dict[int, Any]:
+def apply_layers(
+    model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer]
+) -> dict[int, Any]:
     """Folds and installs every layer of a plan; returns the specs for config.json by decoder layer."""
     by_layer = {block.layer: block for block in blocks}
     specs = {}
@@ -174,5 +176,3 @@ def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
         raise ValueError(f"{type(model).__name__} is not condensed: use `condense_pretrained` or `apply_plan` first.")
     specs = sorted(config["condensed_layers"].items(), key=lambda item: int(item[0]))
     return {int(layer): model.base_model.get_submodule(spec["module"]) for layer, spec in specs}
-
-

@@ -41,9 +41,7 @@ class CondenseConfig:
     """
 
     num_layers: int = _help("Number of sparse layers to condense (without `layers`).", 9)
-    num_experts: int = _help(
-        "Routed experts kept in each condensed layer; 0 keeps the shared expert only.", 6
-    )
+    num_experts: int = _help("Routed experts kept in each condensed layer; 0 keeps the shared expert only.", 6)
     layers: list[int] | None = _help(
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )

@@ -71,7 +71,9 @@ class LayerStream:
     def logits(self, last_hidden: Tensor, batch: int) -> Tensor:
         """What the model's own language-modelling head makes of a last hidden state `[B, S, H]`: `[B, S, V]`."""
         if self.base is self.model:
-            raise ValueError("`compare='logits'` needs a model with a language-modelling head; this is only its decoder.")
+            raise ValueError(
+                "`compare='logits'` needs a model with a language-modelling head; this is only its decoder."
+            )
         ids, mask = self._inputs(self.batches[batch])
 
         def stand_in(*_args: Any, **_kwargs: Any) -> Any:

@@ -95,7 +95,9 @@ def _loader_class(
     def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         if files is not None:
             if not all(str(file).endswith(".safetensors") for file in files):
-                raise ValueError("With a plan, only checkpoints in safetensors are read: others can't be read in part.")
+                raise ValueError(
+                    "With a plan, only checkpoints in safetensors are read: others can't be read in part."
+                )
             state_dict, files = _kept_tensors(files, kept, counts), None
         return base._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -38,6 +38,7 @@ from transformers.models.auto import modeling_auto
 PREFIX = "CDMoE"
 MODEL_TYPE_PREFIX = "cdmoe_"
 PLAN_FILE = "condense_plan.json"
+MODELING_FILE = "modeling_cdmoe.py"
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 
@@ -178,9 +179,7 @@ class CondensedModelMixin:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         prefix = f"{model.base_model_prefix}."
         is_base = model.base_model is model
-        lost = sorted(
-            key for key in info.get("missing_keys", ()) if is_base or str(key).startswith(prefix)
-        )
+        lost = sorted(key for key in info.get("missing_keys", ()) if is_base or str(key).startswith(prefix))
         if lost:
             raise ValueError(
                 f"The checkpoint {model.name_or_path!r} lacks {len(lost)} weights of this condensed model, such as "
@@ -199,11 +198,13 @@ class CondensedModelMixin:
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        self.config.auto_map = auto_map(type(self))
+        self.config.auto_map = auto_map(type(self), getattr(self.config, "auto_map", None))
         variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-        stale = re.compile(rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json")
+        stale = re.compile(
+            rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json"
+        )
         with replacing_folder(save_directory, stale) as folder:
-            write_modeling_file(folder, type(self))
+            (folder / MODELING_FILE).write_text(modeling_file(type(self)), encoding="utf-8")
             plan = (self.config.condense_config or {}).get("plan")
             if plan is not None:
                 (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
@@ -288,12 +289,15 @@ def condensed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if issubclass(base, CondensedModelMixin):
         return base
     config_class = condensed_config_class(base.config_class)
-    for known, new in ((base.__name__, PREFIX + base.__name__), (base.config_class.model_type, config_class.model_type)):
+    for known, new in (
+        (base.__name__, PREFIX + base.__name__),
+        (base.config_class.model_type, config_class.model_type),
+    ):
         mapping = get_checkpoint_conversion_mapping(known)
         # Without this, the names on disk would change, and original checkpoints would not be understood.
         if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
             register_checkpoint_conversion_mapping(new, mapping)
-    return _make_class(
+    made = _make_class(
         base,
         (CondensedModelMixin, base),
         {
@@ -302,6 +306,11 @@ def condensed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__doc__": f"`{base.__name__}` with condensed layers.",
         },
     )
+    # Classification heads build their decoder by `AutoModel.from_config`, also where this file is but a copy.
+    decoder = auto_classes(base.config_class).get("AutoModel")
+    if decoder is not None and config_class not in AutoModel._model_mapping:
+        AutoModel.register(config_class, made if decoder is base else condensed_model_class(decoder), exist_ok=True)
+    return made
 
 
 def _make_class(base: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
@@ -338,31 +347,32 @@ def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrai
     return found
 
 
-def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    """What config.json tells `trust_remote_code=True`: which class of the copied file each auto class opens."""
-    file = Path(modeling_file(model_class)[0]).stem
+def auto_map(model_class: type[PreTrainedModel], before: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What config.json tells `trust_remote_code=True`: which class of the copied file each auto class opens.
+
+    Args:
+        model_class: The condensed model class that is saved.
+        before (`Mapping[str, str]`, *optional*): The entries of the checkpoint that was opened. In the copied file an
+            architecture of its own is not registered, and these are all that tells of its other heads.
+    """
     base = model_class._base_class
-    classes = auto_classes(base.config_class)
-    classes.setdefault("AutoModelForCausalLM" if "CausalLM" in base.__name__ else "AutoModel", base)
-    entries = {"AutoConfig": f"{file}.{PREFIX}{base.config_class.__name__}"}
-    return entries | {name: f"{file}.{PREFIX}{cls.__name__}" for name, cls in sorted(classes.items())}
+    module = Path(MODELING_FILE).stem
+    classes = {name: PREFIX + cls.__name__ for name, cls in auto_classes(base.config_class).items()}
+    classes.setdefault("AutoModelForCausalLM" if "CausalLM" in base.__name__ else "AutoModel", model_class.__name__)
+    entries = {"AutoConfig": f"{module}.{PREFIX}{base.config_class.__name__}"}
+    entries |= {name: f"{module}.{cls}" for name, cls in classes.items()}
+    kept = {name: entry.rpartition("--")[2] for name, entry in (before or {}).items() if isinstance(entry, str)}
+    return {name: entry for name, entry in kept.items() if entry.startswith(f"{module}.{PREFIX}")} | entries
 
 
-def modeling_file(model_class: type[PreTrainedModel]) -> tuple[str, str]:
-    """Name and text of the self-contained modeling file for a condensed model class.
+def modeling_file(model_class: type[PreTrainedModel]) -> str:
+    """Text of the self-contained modeling file for a condensed model class.
 
     An architecture that transformers lacks brings its own (equally self-contained) file, put before this one.
     """
     text = Path(__file__).read_text(encoding="utf-8")
     base = model_class._base_class
-    if not base.__module__.startswith("transformers.") and base.__module__ != __name__:
-        base_text = Path(sys.modules[base.__module__].__file__).read_text(encoding="utf-8")
-        future = "from __future__ import annotations\n"
-        text = base_text + "\n\n" + text.replace(future, "", 1)
-    return "modeling_cdmoe.py", text
-
-
-def write_modeling_file(folder: Path, model_class: type[PreTrainedModel]) -> None:
-    """Writes the modeling file of `model_class` into `folder`."""
-    name, text = modeling_file(model_class)
-    (folder / name).write_text(text, encoding="utf-8")
+    if base.__module__.startswith("transformers.") or base.__module__ == __name__:
+        return text
+    base_text = Path(sys.modules[base.__module__].__file__).read_text(encoding="utf-8")
+    return base_text + "\n\n" + text.replace("from __future__ import annotations\n", "", 1)

@@ -219,7 +219,9 @@ class CondensePlan:
         layers = self.layers
         if num_layers is not None:
             if not is_int(num_layers) or not 1 <= num_layers <= len(layers):
-                raise ValueError(f"`num_layers` should be between 1 and the plan's {len(layers)}, but is {num_layers!r}.")
+                raise ValueError(
+                    f"`num_layers` should be between 1 and the plan's {len(layers)}, but is {num_layers!r}."
+                )
             layers = layers[:num_layers]
         divergences = self.layer_divergences
         if num_experts is not None:

@@ -70,6 +70,4 @@ def register_condensed(base_model_type: str) -> None:
     config_class = condensed_config_class(base)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_name, model_class in auto_classes(base).items():
-        getattr(modeling_auto, auto_name).register(
-            config_class, condensed_model_class(model_class), exist_ok=True
-        )
+        getattr(modeling_auto, auto_name).register(config_class, condensed_model_class(model_class), exist_ok=True)

@@ -346,7 +346,9 @@ def _probe_block(block: SparseBlock, router_experts: int) -> None:
         _probe_experts(block, x[0], random)
         if block.shared is not None:
             _compare(
-                block.shared(x)[0], block.shared_weights()(x[0], block.act_fn), "its shared expert is not act(gate) * up"
+                block.shared(x)[0],
+                block.shared_weights()(x[0], block.act_fn),
+                "its shared expert is not act(gate) * up",
             )
 
 

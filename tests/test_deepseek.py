@@ -207,7 +207,7 @@ def test_generate_with_left_padding(tmp_path):
             assert torch.equal(row, alone[0, len(prompt) :])
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")  # renamed in 5.2x
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")  # 5.17 has no other
 def test_training_with_load_balancing_loss(tmp_path):
     write_checkpoint(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).train()

@@ -226,9 +226,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [DeepseekDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([DeepseekDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
