@@ -17,13 +17,13 @@ from .condensed import apply_layers, become_condensed, fold, refuse_condensed, s
 from .config import CondenseConfig
 from .divergence import METRICS
 from .layerwise import LayerRecorder, LayerStream, State, searching
-from .loading import load_condensed
+from .loading import hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
 from .selection.gates import GATES
 from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerSearchData
-from .sparse import SparseBlock, find_sparse_blocks, model_shape
+from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,10 +64,13 @@ def condense_pretrained(
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if config, plan or calibration do not fit; raised before anything expensive where that can be known.
     """
+    given = config is not None
     config = config or CondenseConfig()
     check_methods(config)
     if plan is not None and not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
+    if plan is not None and given:
+        _warn_of_disagreement(config, plan)
     if isinstance(model, PreTrainedModel):
         if model_kwargs:
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
@@ -77,9 +80,13 @@ def condense_pretrained(
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
     if plan is not None:
         return load_condensed(model, plan, **model_kwargs)
+    # What can be wrong with the request shows on the config alone, before weights are read.
+    sketch = sketch_model(model, model_kwargs)
+    refuse_condensed(sketch)
+    check_config(config, find_sparse_blocks(sketch))
     if tokenizer is None and needs_tokenizer(calibration):
-        tokenizer = AutoTokenizer.from_pretrained(model, **_hub_kwargs(model_kwargs))
-    data = load_calibration(calibration, config, tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub_kwargs(model_kwargs))
+    data = load_calibration(calibration, config, tokenizer, sketch.config)
     loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     return apply_plan(loaded, search_plan(loaded, config, calibration=data))
 
@@ -112,7 +119,7 @@ def search_plan(
     if not isinstance(calibration, Calibration):
         if tokenizer is None and needs_tokenizer(calibration) and model.name_or_path:
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        calibration = load_calibration(calibration, config, tokenizer)
+        calibration = load_calibration(calibration, config, tokenizer, model.config)
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
         search = _Search(model, config, candidates, calibration)
@@ -161,8 +168,9 @@ def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -
         raise ValueError(
             "Quantised weights can't be folded: condense the model first and quantise the saved checkpoint."
         )
+    parameters_before = model.num_parameters()
     specs = apply_layers(model, blocks, plan.layers)
-    become_condensed(model, plan, specs, all_condensed=len(specs) == len(blocks))
+    become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
     return model
 
 
@@ -179,30 +187,6 @@ def check_methods(config: CondenseConfig) -> None:
     lookup(GATES, config.gates, "gates")
     if config.refit not in REFITS:
         raise ValueError(f"`refit` is {config.refit!r}, but only None exists.")
-
-
-def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
-    """Checks numbers of layers and experts against a model.
-
-    Raises:
-        ValueError: naming the field, what was asked for and what there is.
-    """
-    sparse = [block.layer for block in blocks]
-    if config.layers is not None:
-        wrong = [layer for layer in config.layers if layer not in sparse]
-        if wrong:
-            raise ValueError(f"`layers` names {wrong}, which are no sparse decoder layers; sparse are {sparse}.")
-    elif config.num_layers > len(sparse):
-        raise ValueError(
-            f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}."
-        )
-    for block in blocks:
-        chosen = config.layers is None or block.layer in config.layers
-        if chosen and config.num_experts > block.num_experts:
-            raise ValueError(
-                f"`num_experts` is {config.num_experts}, but decoder layer {block.layer} has {block.num_experts} routed "
-                "experts."
-            )
 
 
 class _Search:
@@ -236,9 +220,7 @@ class _Search:
             found[layer] = (select(data, self.config.num_experts), data.gates)
         return found
 
-    def layers(
-        self, experts: dict[int, tuple[ExpertOrder, Tensor]]
-    ) -> tuple[list[int], list[float], dict[int, float]]:
+    def layers(self, experts: dict[int, tuple[ExpertOrder, Tensor]]) -> tuple[list[int], list[float], dict[int, float]]:
         """Order of layers, its divergences, and the divergence of each layer alone."""
         mlps = {
             layer: fold(self.blocks[layer], order.experts, [float(gates[e]) for e in order.experts])
@@ -287,24 +269,28 @@ class _Search:
         available = len(data.candidates)
         if available < self.config.num_experts:
             raise ValueError(
-                f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen by any "
-                f"calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose has no mean "
-                "gate). Use more calibration data or a smaller `num_experts`."
+                f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
+                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose has "
+                "no mean gate). Use more calibration data or a smaller `num_experts`."
             )
+
+
+def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
+    experts = max(len(layer.experts) for layer in plan.layers)
+    if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
+        logger.warning(
+            f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
+            f"{config.num_layers} and {config.num_experts}. For fewer, use `plan.truncate`."
+        )
 
 
 def _check_finite(states: list[State], layer: int) -> None:
     if not all(bool(torch.isfinite(state[0]).all()) for state in states):
         raise ValueError(
-            f"The output of decoder layer {layer} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or "
-            "'bfloat16'."
+            f"The output of decoder layer {layer} contains NaN or infinity. Check the checkpoint, and try "
+            "dtype='float32' or 'bfloat16'."
         )
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code", "subfolder")
-    return {name: model_kwargs[name] for name in names if name in model_kwargs}

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .config import CondenseConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +65,10 @@ class Calibration:
 
 
 def load_calibration(
-    source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    source: Any,
+    config: CondenseConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_config: PreTrainedConfig | None = None,
 ) -> Calibration:
     """Turns anything that a user may call calibration data into token batches.
 
@@ -73,7 +76,8 @@ def load_calibration(
         source: None (C4 as in the paper), a name on the hub, a local .txt/.json/.jsonl/.parquet file, a `Dataset`, a
             list of texts, or a list of token-id lists or 1-D tensors.
         config (`CondenseConfig`): Number and length of samples, batch size, seed.
-        tokenizer: Needed for texts only. Its own special tokens are added (C4 through DeepSeek's has a BOS).
+        tokenizer: Needed for texts only. Its own special tokens are added (DeepSeek's has a BOS).
+        model_config (*optional*): Tells which token ids are padding where there is no tokenizer to tell.
 
     Raises:
         ValueError: if there is no text, no tokenizer for texts, no column with texts, or if no sequence has the two
@@ -84,10 +88,13 @@ def load_calibration(
     if not drawn:
         raise ValueError(f"The calibration data ({name}) is empty.")
     sequences = _tokenize(drawn, tokenizer, config.max_length, name)
+    special = tokenizer if getattr(tokenizer, "pad_token_id", None) is not None else model_config
+    sequences = [_strip_padding(ids, special)[: config.max_length] for ids in sequences]
     sequences = [ids for ids in sequences if len(ids) >= 2]
     if not sequences:
         raise ValueError(
-            f"The calibration data ({name}) has no sequence of at least two tokens; {len(drawn)} samples were read."
+            f"The calibration data ({name}) has no sequence of at least two tokens that are no padding; {len(drawn)} "
+            "samples were read."
         )
     dropped = len(drawn) - len(sequences)
     if dropped:
@@ -154,8 +161,8 @@ def _stream_hub(name: str, **kwargs: Any) -> Any:
         return _column(load_dataset(name, split="train", streaming=True, **kwargs))
     except Exception as error:
         raise ValueError(
-            f"The calibration data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). Pass "
-            "`calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
+            f"The calibration data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). "
+            "Pass `calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
         ) from error
 
 
@@ -213,8 +220,25 @@ def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) ->
         ids = sample.tolist() if isinstance(sample, Tensor) else list(sample)
         if not all(isinstance(token, int) and token >= 0 for token in ids):
             raise ValueError(f"Calibration sample {i} should be a list of token ids, but is {str(sample)[:60]}.")
-        sequences.append(ids[:max_length])
+        sequences.append(ids)
     return sequences
+
+
+def _strip_padding(ids: list[int], special: Any) -> list[int]:
+    """Without the padding at both ends: padding never counts. A pad token that is also BOS or EOS stands there once."""
+    pad = getattr(special, "pad_token_id", None)
+    if pad is None:
+        return ids
+    start, end = 0, len(ids)
+    while start < end and ids[start] == pad:
+        start += 1
+    while end > start and ids[end - 1] == pad:
+        end -= 1
+    if start == end:
+        return []
+    both = (getattr(special, "bos_token_id", None), getattr(special, "eos_token_id", None))
+    margin = 1 if pad in both else 0
+    return ids[max(0, start - margin) : end + margin]
 
 
 def _pad(group: list[list[int]], pad: int) -> TokenBatch:

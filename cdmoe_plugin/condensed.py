@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import modeling_cdmoe
@@ -15,8 +16,16 @@ from .modeling_cdmoe import CondensedMLP, CondensedModelMixin, Omitted, condense
 from .plan import CondensedLayer, CondensePlan
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
 
-# A condensed model gives its plan as an object where this package is there to make one.
-modeling_cdmoe.plan_from_dict = CondensePlan.from_dict
+
+def _write_model_card(model: PreTrainedModel, folder: Path) -> None:
+    from .report import write_model_card
+
+    write_model_card(model, folder)
+
+
+# With the package installed, a condensed model gives its plan as an object and saves a model card.
+modeling_cdmoe.plan_from_dict = CondensePlan.from_dict  # type: ignore[assignment]
+modeling_cdmoe.write_model_card = _write_model_card
 
 
 @torch.no_grad()
@@ -55,9 +64,9 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
         mlp.gate_proj.weight[rows] = weights.gate
         mlp.up_proj.weight[rows] = weights.up
         mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
-    if bias:
+    if bias and shared is not None:
         _fold_biases(mlp, shared, block.shared_scale)
-    if mlp.shared_expert_gate is not None:
+    if mlp.shared_expert_gate is not None and block.shared_gate is not None:
         mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
     return mlp.train(block.module.training)
 
@@ -116,20 +125,28 @@ def layer_spec(block: SparseBlock, mlp: CondensedMLP) -> dict[str, Any]:
 
 
 def become_condensed(
-    model: PreTrainedModel, plan: CondensePlan, specs: Mapping[int, dict[str, Any]], all_condensed: bool
+    model: PreTrainedModel,
+    plan: CondensePlan,
+    specs: Mapping[int, dict[str, Any]],
+    all_condensed: bool,
+    parameters_before: int,
 ) -> None:
     """Turns a model whose blocks have been replaced into an instance of its condensed class, config included.
 
     The config object stays the same one: every module of the model refers to it.
     """
+    base_model = model.name_or_path or ""
     condensed_class = condensed_model_class(type(model))
     model.__class__ = condensed_class
-    config = model.config
+    config: Any = model.config
     config.__class__ = condensed_class.config_class
     config.condense_config = {
         **(plan.config or {}),
         "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
         "all_condensed": all_condensed,
+        "parameters": {"before": parameters_before, "after": model.num_parameters()},
+        # A folder's whole path is nobody's business but its owner's.
+        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
         "plan": plan.to_dict(),
     }
     if all_condensed:
@@ -146,8 +163,8 @@ def refuse_condensed(model: PreTrainedModel) -> None:
     if isinstance(model, CondensedModelMixin):
         layers = sorted(map(int, model.config.condense_config["condensed_layers"]))
         raise ValueError(
-            f"This model is condensed already (decoder layers {layers}). Start from the sparse model; for a smaller budget "
-            "use `plan.truncate`."
+            f"This model is condensed already (decoder layers {layers}). Start from the sparse model; for a smaller "
+            "budget use `plan.truncate`."
         )
 
 
@@ -175,4 +192,5 @@ def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
     if not config:
         raise ValueError(f"{type(model).__name__} is not condensed: use `condense_pretrained` or `apply_plan` first.")
     specs = sorted(config["condensed_layers"].items(), key=lambda item: int(item[0]))
-    return {int(layer): model.base_model.get_submodule(spec["module"]) for layer, spec in specs}
+    mlps: dict[int, Any] = {int(layer): model.base_model.get_submodule(spec["module"]) for layer, spec in specs}
+    return mlps

@@ -31,7 +31,7 @@ def js_divergence(target: Tensor, candidate: Tensor) -> Tensor:
 
 
 def kl_divergence(target: Tensor, candidate: Tensor) -> Tensor:
-    """Kullback-Leibler divergence `KL(p‖q)` of the softmax over the last dimension, in nats; shapes as in `js_divergence`."""
+    """Kullback-Leibler divergence `KL(p‖q)` of the softmax over the last dimension, in nats; shapes as above."""
     p, log_p = _probabilities(target)
     _, log_q = _probabilities(candidate)
     return log_q.neg_().add_(log_p).mul_(p).sum(-1)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from .calibration import TokenBatch
 from .sparse import Routing, SparseBlock, UnsupportedModelError, patched_forward
 
-
 # What one decoder layer hands to the next: hidden states `[B, S, H]`, and in a few architectures more (the token choice
 # of a sparse attention that several layers share).
 State = tuple[Any, ...]
@@ -40,7 +39,7 @@ class LayerStream:
     def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
         self.model = model
         self.base = model.base_model
-        self.layers: Sequence[nn.Module] = self.base.get_submodule(layers_path)  # type: ignore[assignment]
+        self.layers: Any = self.base.get_submodule(layers_path)
         self.batches = list(batches)
         # What every layer returns (0: a tensor alone), where its extra results go in the next layer's call, and what
         # follows the last layer: learnt from one real forward pass.
@@ -163,8 +162,8 @@ class LayerStream:
         scale = float(expected.abs().max())
         if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
             raise UnsupportedModelError(
-                f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers pass on "
-                "more than hidden states, or more than a chain of modules follows the last one."
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
+                "pass on more than hidden states, or more than a chain of modules follows the last one."
             )
 
 

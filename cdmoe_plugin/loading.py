@@ -47,7 +47,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
             "Quantised weights can't be folded: condense first, save, and open the saved checkpoint with "
             "`quantization_config`."
         )
-    sketch = _sketch(path, model_kwargs)
+    sketch = sketch_model(path, model_kwargs)
     refuse_condensed(sketch)
     blocks = find_sparse_blocks(sketch)
     shape = model_shape(sketch, blocks)
@@ -63,22 +63,22 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
         probe_blocks(model, [block], router_experts=counts[block.layer])
     specs = apply_layers(model, small, renumbered)
     plan = plan if plan.model is not None else replace(plan, model=shape)
-    become_condensed(model, plan, specs, all_condensed=len(specs) == len(blocks))
+    become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
     return model
 
 
-def _sketch(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model on the meta device, from its config alone."""
+def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint is found, for its config and tokenizer."""
     names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code", "subfolder")
-    hub = {name: model_kwargs[name] for name in names if name in model_kwargs}
-    config = model_kwargs.get("config") or AutoConfig.from_pretrained(path, **hub)
-    return meta_model(config, trust_remote_code=hub.get("trust_remote_code"))
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
-def meta_model(config: Any, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model of a config on the meta device: all shapes, no memory."""
+def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The causal language model of a checkpoint on the meta device, from its config alone: all shapes, no memory."""
+    kwargs = model_kwargs or {}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))
 
 
 def _loader_class(
@@ -95,9 +95,7 @@ def _loader_class(
     def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         if files is not None:
             if not all(str(file).endswith(".safetensors") for file in files):
-                raise ValueError(
-                    "With a plan, only checkpoints in safetensors are read: others can't be read in part."
-                )
+                raise ValueError("With a plan, only checkpoints in safetensors are read: others can't be read in part.")
             state_dict, files = _kept_tensors(files, kept, counts), None
         return base._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
@@ -113,7 +111,7 @@ def _shrink(experts: nn.Module, count: int, kept: int) -> None:
                 shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
                 setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
         if getattr(module, "num_experts", None) == count:
-            module.num_experts = kept
+            setattr(module, "num_experts", kept)  # noqa: B010  (nn.Module declares its attributes to be tensors)
 
 
 def _kept_tensors(files: Sequence[str], kept: dict[int, list[int]], counts: dict[int, int]) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def _kept_tensors(files: Sequence[str], kept: dict[int, list[int]], counts: dict
         for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
             match = _ONE_EXPERT.search(key)
             experts = kept.get(int(match["layer"])) if match else None
-            if experts is not None:
+            if match is not None and experts is not None:
                 if int(match["expert"]) not in experts:
                     continue
                 place = experts.index(int(match["expert"]))

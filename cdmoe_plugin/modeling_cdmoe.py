@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -39,6 +39,7 @@ PREFIX = "CDMoE"
 MODEL_TYPE_PREFIX = "cdmoe_"
 PLAN_FILE = "condense_plan.json"
 MODELING_FILE = "modeling_cdmoe.py"
+MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 
@@ -142,8 +143,14 @@ def silence_router_loss(model: PreTrainedModel) -> None:
                 setattr(holder, field, 0.0)
 
 
-class CondensedModelMixin:
+# For type checkers, a condensed model is a model; at run time the base class comes in by `condensed_model_class`.
+_Model: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class CondensedModelMixin(_Model):
     """What a condensed model adds to its base class: the condensed layers, strict loading, and safe saving."""
+
+    _base_class: Any
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -207,7 +214,8 @@ class CondensedModelMixin:
             (folder / MODELING_FILE).write_text(modeling_file(type(self)), encoding="utf-8")
             plan = (self.config.condense_config or {}).get("plan")
             if plan is not None:
-                (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+                text = json.dumps(plan, indent=2, sort_keys=True)
+                (folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
             write_model_card(self, folder)
             super().save_pretrained(folder, **kwargs)
 
@@ -252,7 +260,7 @@ def replacing_folder(target: str | os.PathLike, stale: re.Pattern[str]) -> Itera
 def _carry_over(source: Path, destination: Path, stale: re.Pattern[str]) -> None:
     written = {path.name for path in destination.iterdir()}
     for path in source.iterdir():
-        if path.name in written or stale.fullmatch(path.name):
+        if stale.fullmatch(path.name) or (path.name in written and not _is_someones_card(path)):
             continue
         if path.is_dir():
             shutil.copytree(path, destination / path.name, symlinks=True, copy_function=_link_or_copy)
@@ -260,14 +268,20 @@ def _carry_over(source: Path, destination: Path, stale: re.Pattern[str]) -> None
             _link_or_copy(path, destination / path.name)
 
 
+def _is_someones_card(path: Path) -> bool:
+    """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
+    return path.name == "README.md" and MODEL_CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def _link_or_copy(source: str | os.PathLike, destination: str | os.PathLike) -> None:
+    Path(destination).unlink(missing_ok=True)
     try:
         os.link(source, destination, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, destination, follow_symlinks=False)
 
 
-# --- classes, made on first use ---------------------------------------------------------------------------------------
+# --- classes, made on first use --------------------------------------------------------------------------------------
 
 
 def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -284,7 +298,7 @@ def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfi
     )
 
 
-def condensed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def condensed_model_class(base: Any) -> Any:
     """The condensed subclass of a model class of transformers (or of another architecture that it knows)."""
     if issubclass(base, CondensedModelMixin):
         return base
@@ -347,7 +361,7 @@ def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrai
     return found
 
 
-def auto_map(model_class: type[PreTrainedModel], before: Mapping[str, str] | None = None) -> dict[str, str]:
+def auto_map(model_class: Any, before: Mapping[str, str] | None = None) -> dict[str, str]:
     """What config.json tells `trust_remote_code=True`: which class of the copied file each auto class opens.
 
     Args:
@@ -365,7 +379,7 @@ def auto_map(model_class: type[PreTrainedModel], before: Mapping[str, str] | Non
     return {name: entry for name, entry in kept.items() if entry.startswith(f"{module}.{PREFIX}")} | entries
 
 
-def modeling_file(model_class: type[PreTrainedModel]) -> str:
+def modeling_file(model_class: Any) -> str:
     """Text of the self-contained modeling file for a condensed model class.
 
     An architecture that transformers lacks brings its own (equally self-contained) file, put before this one.
@@ -374,5 +388,5 @@ def modeling_file(model_class: type[PreTrainedModel]) -> str:
     base = model_class._base_class
     if base.__module__.startswith("transformers.") or base.__module__ == __name__:
         return text
-    base_text = Path(sys.modules[base.__module__].__file__).read_text(encoding="utf-8")
+    base_text = Path(str(sys.modules[base.__module__].__file__)).read_text(encoding="utf-8")
     return base_text + "\n\n" + text.replace("from __future__ import annotations\n", "", 1)

@@ -147,7 +147,7 @@ class CondensePlan:
         version = values.get("version") if isinstance(values, Mapping) else None
         if version != VERSION or isinstance(version, bool):
             raise ValueError(
-                f"This is no condense plan of version {VERSION}, the one that this package reads (found version {version!r})."
+                f"This is no condense plan of version {VERSION}, the one that this package reads (found {version!r})."
             )
         fields = _object(values, "plan", {"version": None, **cls.__dataclass_fields__})
         layers = _list(fields["layers"], "layers")
@@ -170,7 +170,8 @@ class CondensePlan:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -252,8 +253,8 @@ class CondensePlan:
             for name in ("model_type", "num_hidden_layers", "hidden_size", "sparse_layers"):
                 if getattr(mine, name) != getattr(model, name):
                     raise ValueError(
-                        f"The plan was made for another model: its {name} is {_short(getattr(mine, name))}, this model's "
-                        f"is {_short(getattr(model, name))}."
+                        f"The plan was made for another model: its {name} is {_short(getattr(mine, name))}, this "
+                        f"model's is {_short(getattr(model, name))}."
                     )
         sparse = {row.layer: row for row in model.sparse_layers}
         for layer in self.layers:

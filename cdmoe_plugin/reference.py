@@ -64,7 +64,7 @@ def _mean_gate(weights: Mapping[str, Any], layer: int, expert: int) -> float:
     entry = weights.get(f"{layer}-{expert}")
     if not isinstance(entry, Sequence) or len(entry) != 3:
         raise ValueError(
-            f"`expert_weights` has no [sum, tokens, mean] for expert {expert} of layer {layer}: no token chose it, so it "
-            "has no gate and can't be kept."
+            f"`expert_weights` has no [sum, tokens, mean] for expert {expert} of layer {layer}: no token chose it, so "
+            "it has no gate and can't be kept."
         )
     return float(entry[2])

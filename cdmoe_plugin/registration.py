@@ -18,7 +18,7 @@ _MAPPING = configuration_auto.CONFIG_MAPPING
 
 
 class _OnDemand(dict):
-    """The user-registered part of transformers' `CONFIG_MAPPING`, which registers our model types when asked for one."""
+    """The user-registered part of transformers' `CONFIG_MAPPING`; registers our model types when asked for them."""
 
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or is_ours(model_type)
@@ -63,8 +63,9 @@ def register_deepseek() -> None:
 
 def register_condensed(base_model_type: str) -> None:
     """Registers "cdmoe_<base>" with AutoConfig and with every auto class that opens the base model type."""
-    # modeling_cdmoe brings torch; nobody who merely imports the package should pay for it twice.
-    from .modeling_cdmoe import auto_classes, condensed_config_class, condensed_model_class
+    # Not at the top: who merely imports the package should pay for none of this.
+    from .condensed import condensed_model_class
+    from .modeling_cdmoe import auto_classes, condensed_config_class
 
     base = _MAPPING[base_model_type]
     config_class = condensed_config_class(base)

@@ -37,15 +37,6 @@ ORIGINAL: dict[str, Any] = json.loads("""{
 Weights = dict[str, torch.Tensor]
 
 
-# DELETE this fixture once `import cdmoe_plugin` registers "deepseek" by itself.
-@pytest.fixture(scope="module", autouse=True)
-def _register_deepseek() -> None:
-    config_class = deepseek.DeepseekConfig
-    AutoConfig.register("deepseek", config_class, exist_ok=True)
-    AutoModel.register(config_class, deepseek.DeepseekModel, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, deepseek.DeepseekForCausalLM, exist_ok=True)
-
-
 def is_sparse(cfg: dict[str, Any], layer: int) -> bool:
     late = layer >= cfg["first_k_dense_replace"]
     return cfg["n_routed_experts"] is not None and late and layer % cfg["moe_layer_freq"] == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -67,12 +67,12 @@ def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """
     comparison = _Comparison(data)
     experts: list[int] = []
-    scores = [comparison.add([None])[0]]
+    scores = [comparison.without()]
     steps: list[dict[int, float]] = []
     for _ in range(num_experts):
-        rest = [expert for expert in data.candidates if expert not in experts]
-        steps.append(dict(zip(rest, comparison.add(rest), strict=True)))
-        best = min(rest, key=lambda expert: (steps[-1][expert], expert))
+        divergences = comparison.with_each()
+        steps.append({expert: divergences[expert] for expert in data.candidates if expert not in experts})
+        best = min(steps[-1], key=lambda expert: (steps[-1][expert], expert))
         experts.append(best)
         scores.append(steps[-1][best])
         comparison.keep(best)
@@ -83,12 +83,12 @@ EXPERT_SELECTIONS: dict[str, Callable[[SparseLayerData, int], ExpertOrder]] = {"
 
 
 class _Comparison:
-    """Divergences of a layer's output when experts are added to those that are kept."""
+    """Divergences of a layer's output (means over sequences of means over tokens) when experts are added to it."""
 
     def __init__(self, data: SparseLayerData) -> None:
         self.data = data
-        self.kept: list[int] = []
         self.chunks = [chunk for call in data.calls for chunk in _split(call, data)]
+        self.gates = data.gates.to(self.chunks[0].base.device, torch.float32)[:, None, None]
         left = data.cache_bytes
         for chunk in self.chunks:
             size = chunk.inputs.numel() * chunk.inputs.element_size() * data.block.num_experts
@@ -98,46 +98,41 @@ class _Comparison:
     def keep(self, expert: int) -> None:
         """Adds an expert for good."""
         for chunk in self.chunks:
-            if chunk.outputs is not None:
-                chunk.base.add_(chunk.outputs[expert].float(), alpha=float(self.data.gates[expert]))
-            else:
-                chunk.stale.append(expert)
+            chunk.pending.append(expert)
+
+    def without(self) -> float:
+        """Divergence with the shared expert alone; to be asked before any expert is kept."""
+        return self._total(lambda chunk, rows: chunk.base[rows][None])[0]
+
+    def with_each(self) -> list[float]:
+        """Divergence with each expert of the layer added to the kept ones; NaN for those that are no candidates."""
+
+        def added(chunk: _Chunk, rows: slice) -> Tensor:
+            outputs = self._outputs(chunk)[:, rows]
+            return torch.addcmul(chunk.base[rows], outputs.float(), self.gates)
+
+        return self._total(added)
 
     @torch.no_grad()
-    def add(self, candidates: Sequence[int | None]) -> list[float]:
-        """Divergence with each candidate added, a mean over sequences of means over tokens.
-
-        `[None]` stands for the shared expert alone, before any expert is kept.
-        """
-        if not candidates:
-            return []
-        device = self.chunks[0].base.device
-        total = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    def _total(self, candidates: Callable[[_Chunk, slice], Tensor]) -> list[float]:
+        total: Tensor | float = 0.0
         for chunk in self.chunks:
-            if candidates[0] is not None:
-                self._prepare(chunk)
-            outputs = chunk.outputs
-            for rows in chunk.windows(len(candidates)):
-                if outputs is None or candidates[0] is None:
-                    y = chunk.base[rows][None]
-                else:
-                    y = torch.addcmul(
-                        chunk.base[rows],
-                        outputs[list(candidates), rows].float(),
-                        self.data.gates[list(candidates)].to(device, torch.float32)[:, None, None],
-                    )
+            for rows in chunk.windows():
+                y = candidates(chunk, rows)
                 divergence = self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
-                total += divergence.double() @ chunk.token_weights[rows].double()
+                total = total + divergence.double() @ chunk.token_weights[rows].double()
             if not chunk.cached:
                 chunk.outputs = None
+        assert isinstance(total, Tensor)
         return total.tolist()
 
-    def _prepare(self, chunk: _Chunk) -> None:
+    def _outputs(self, chunk: _Chunk) -> Tensor:
         if chunk.outputs is None:
             chunk.outputs = self.data.block.expert_outputs(chunk.inputs)
-        for expert in chunk.stale:
+        for expert in chunk.pending:
             chunk.base.add_(chunk.outputs[expert].float(), alpha=float(self.data.gates[expert]))
-        chunk.stale.clear()
+        chunk.pending.clear()
+        return chunk.outputs
 
 
 @dataclass
@@ -145,43 +140,47 @@ class _Chunk:
     """Some tokens of a layer: their inputs, what is kept so far, and what it is compared with."""
 
     inputs: Tensor  # [t, H]
-    base: Tensor  # float32 [t, H]
+    base: Tensor  # float32 [t, H], shared expert and kept experts
     target: Tensor  # float32 [t, H'], the sparse layer's output
-    tail: Callable[..., Tensor]
+    tail: Callable[[Tensor, slice], Tensor]
     token_weights: Tensor  # float32 [t]
-    divisible: bool
-    num_experts: int
+    step: int  # tokens to compare at once
     cached: bool = False
     outputs: Tensor | None = None  # [N, t, H]
-    stale: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)  # kept, but not in `base` yet
 
-    def windows(self, candidates: int) -> Iterator[slice]:
-        """Parts of the tokens, small enough to compare all candidates at once."""
-        tokens = len(self.inputs)
-        if not self.divisible:
+    def windows(self) -> Iterator[slice]:
+        """The tokens in parts small enough to compare all candidates at once."""
+        if self.step >= len(self.inputs):
             yield slice(None)
             return
-        budget = _COMPARE_ELEMENTS.get(self.inputs.device.type, _COMPARE_ELEMENTS["cpu"])
-        step = max(1, budget // (candidates * self.base.shape[-1]))
-        for start in range(0, tokens, step):
-            yield slice(start, start + step)
+        for start in range(0, len(self.inputs), self.step):
+            yield slice(start, start + self.step)
 
 
 def _split(call: LayerCall, data: SparseLayerData) -> Iterator[_Chunk]:
     tokens, hidden_size = call.inputs.shape
-    size = max(1, _COMPUTE_ELEMENTS // (data.block.num_experts * hidden_size)) if call.tail.divisible else tokens
+    width = data.block.num_experts * hidden_size
+    size, step = tokens, tokens
+    if call.tail.divisible:
+        size = max(1, _COMPUTE_ELEMENTS // width)
+        step = max(1, _COMPARE_ELEMENTS.get(call.inputs.device.type, _COMPARE_ELEMENTS["cpu"]) // width)
     for start in range(0, tokens, size):
-        rows = slice(start, start + size) if call.tail.divisible else slice(None)
+        rows = slice(None) if size >= tokens else slice(start, start + size)
+        inputs = call.inputs[rows]
         yield _Chunk(
-            inputs=call.inputs[rows],
-            base=data.block.shared_output(call.inputs[rows]),
+            inputs=inputs,
+            base=data.block.shared_output(inputs),
             target=data.finish(call.tail(call.target[rows], rows)),
-            tail=_shifted(call, start) if call.tail.divisible else call.tail,
+            tail=call.tail if size >= tokens else _shifted(call, start),
             token_weights=call.token_weights[rows],
-            divisible=call.tail.divisible,
-            num_experts=data.block.num_experts,
+            step=step,
         )
 
 
-def _shifted(call: LayerCall, start: int) -> Callable[..., Tensor]:
-    return lambda y, rows: call.tail(y, slice(start + (rows.start or 0), start + (rows.start or 0) + y.shape[-2]))
+def _shifted(call: LayerCall, start: int) -> Callable[[Tensor, slice], Tensor]:
+    def tail(y: Tensor, rows: slice) -> Tensor:
+        first = start + (rows.start or 0)
+        return call.tail(y, slice(first, first + y.shape[-2]))
+
+    return tail

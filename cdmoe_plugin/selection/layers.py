@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -151,8 +151,8 @@ class _Path:
             yield layer + 1, state
 
     def _output(self, batch: int, start: int, state: State, extra: int | None = None) -> Tensor:
-        for _, state in self._run(batch, start, state, extra):  # noqa: B020
-            pass
+        for _boundary, after in self._run(batch, start, state, extra):
+            state = after
         stream = self.data.stream
         output = self.data.output(stream, stream.finish(state[0]), batch)
         return output[stream.valid(batch).to(output.device)]

@@ -1,0 +1,174 @@
+"""What people look at: tables, the figure of divergence per layer, and the model card of a condensed checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from .condensed import apply_layers
+from .config import CondenseConfig
+from .loading import sketch_model
+from .modeling_cdmoe import MODEL_CARD_MARK
+from .plan import CondensedLayer, CondensePlan
+from .sparse import check_config, find_sparse_blocks, model_shape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CARD = """---
+{data}
+---
+{mark}
+# {title}
+
+A condensed Mixture-of-Experts model: in {layers} decoder layers, the router and all but a few routed experts are gone,
+and those that are kept stand, with constant gates, beside the shared expert in one dense MLP
+([CD-MoE](https://arxiv.org/abs/2412.00069)). {parameters}
+
+{table}
+
+`score` is the divergence of the model's output once this layer and those above it in the table are condensed.
+{calibration}
+
+## Use
+
+```python
+import cdmoe_plugin  # or, without the package, trust_remote_code=True
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this checkpoint")
+```
+
+`condense_plan.json` holds the whole plan; `cdmoe_plugin.condense_pretrained(base, plan="condense_plan.json")` makes
+this model again from the base model.
+"""
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table whose columns line up, numbers to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *texts]) for i in range(len(header))]
+    left = [all(isinstance(row[i], str) for row in rows) and i == 0 for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * w) if is_left else ("-" * (w - 1) + ":") for w, is_left in zip(widths, left, strict=True)]
+    return "\n".join([line(list(header)), line(rule), *(line(row) for row in texts)])
+
+
+def plan_table(plan: CondensePlan) -> str:
+    """The condensed layers of a plan in the order of their selection, as a Markdown table."""
+    rows = [
+        (
+            layer.layer,
+            len(layer.experts),
+            ", ".join(map(str, layer.experts)) or "none",
+            "" if layer.expert_scores is None else f"{layer.expert_scores[-1]:.3e}",
+            "" if layer.score is None else f"{layer.score:.3e}",
+        )
+        for layer in plan.layers
+    ]
+    return format_table(["decoder layer", "kept", "experts", "layer's own", "score"], rows)
+
+
+def dry_run(
+    model_name_or_path: str | os.PathLike, request: CondensePlan | CondenseConfig, dtype: str = "auto", **hub: Any
+) -> str:
+    """What condensing would save, from a checkpoint's config alone: a Markdown table.
+
+    Args:
+        model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
+        request (`CondensePlan` or `CondenseConfig`): What would be condensed. Where a config leaves the layers to a
+            search, the first sparse ones are counted; they all have the same size in nearly every architecture.
+        dtype (`str`, defaults to `"auto"`): Dtype to count bytes in; "auto" is the checkpoint's own.
+        **hub: `revision`, `trust_remote_code` and the like.
+
+    Raises:
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        ValueError: if the request does not fit the model.
+    """
+    sketch = sketch_model(model_name_or_path, hub)
+    blocks = find_sparse_blocks(sketch)
+    if isinstance(request, CondensePlan):
+        request.check_fits(model_shape(sketch, blocks))
+        experts = {layer.layer: len(layer.experts) for layer in request.layers}
+    else:
+        check_config(request, blocks)
+        layers = request.layers or [block.layer for block in blocks[: request.num_layers]]
+        experts = dict.fromkeys(layers, request.num_experts)
+    width = (sketch.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+    before = sketch.num_parameters()
+    kept = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in experts.items()]
+    apply_layers(sketch, blocks, kept)
+    after = sketch.num_parameters()
+    rows = [
+        (name, f"{count:,}", f"{count / 1e9:.2f} B", f"{count * width / 2**30:.2f} GiB", f"{1 - count / before:.1%}")
+        for name, count in (("sparse", before), (f"{len(experts)} layers condensed", after))
+    ]
+    return format_table(["model", "parameters", "", "weights", "saved"], rows)
+
+
+def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:
+    """Draws the divergence of the model's output when one layer alone is condensed (Figure 1 of the paper), as PNG.
+
+    Raises:
+        ValueError: if the plan has none, because its layers were given or because it was truncated.
+    """
+    if not plan.layer_divergences:
+        raise ValueError(
+            "The plan has no divergence per layer: no layer search was run, or experts were dropped since."
+        )
+    figure = _bar_chart(plan.layer_divergences, [layer.layer for layer in plan.layers])
+    figure.savefig(path, dpi=150)
+
+
+def _bar_chart(divergences: dict[int, float], chosen: Sequence[int]) -> Figure:
+    # The object interface: no global state, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    layers = sorted(divergences)
+    colours = ["tab:orange" if layer in chosen else "tab:blue" for layer in layers]
+    axes.bar(range(len(layers)), [divergences[layer] for layer in layers], color=colours)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_xlabel("decoder layer condensed alone (orange: chosen by the plan)")
+    axes.set_ylabel("divergence of the output")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_model_card(model: Any, folder: Path) -> None:
+    """Writes README.md into the folder of a condensed checkpoint that is being saved."""
+    config = model.config.condense_config
+    plan = model.condense_plan
+    base = config.get("base_model") or model._base_class.__name__
+    sizes = config.get("parameters", {})
+    parameters = ""
+    if sizes:
+        saved = 1 - sizes["after"] / sizes["before"]
+        parameters = f"{sizes['before']:,} parameters became {sizes['after']:,}, {saved:.1%} fewer."
+    calibration = ""
+    if plan.calibration:
+        calibration = "Calibrated on {num_samples} samples ({num_tokens} tokens) of {source}.".format(
+            **plan.calibration
+        )
+    tags = sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])})
+    data = ModelCardData(library_name="transformers", tags=tags, base_model=base if "/" in base else None)
+    text = _CARD.format(
+        data=data.to_yaml(),
+        mark=MODEL_CARD_MARK,
+        title=f"{base}, condensed",
+        layers=len(plan.layers),
+        parameters=parameters,
+        table=plan_table(plan),
+        calibration=calibration,
+    )
+    ModelCard(text).save(folder / "README.md")

@@ -1,0 +1,27 @@
+"""The one place that understands the sparse blocks of transformers.
+
+A block is found by its structure, not by its class: a direct child of a decoder layer that holds stacked expert
+weights. What can be condensed computes
+
+    y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x)
+
+with gated MLPs `E_i` and `S` of one activation. Every part of that claim is probed on the block itself before it is
+relied on, so that an architecture which does something else is refused with the reason and never condensed wrongly.
+"""
+
+from .block import Routing, SparseBlock, patched_forward
+from .find import check_config, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
+from .weights import GatedWeights, UnsupportedModelError
+
+__all__ = [
+    "GatedWeights",
+    "Routing",
+    "SparseBlock",
+    "UnsupportedModelError",
+    "check_config",
+    "describe_sparse_blocks",
+    "find_sparse_blocks",
+    "model_shape",
+    "patched_forward",
+    "probe_blocks",
+]

@@ -1,0 +1,135 @@
+"""A sparse block seen as shared expert plus routed experts, whatever its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..plan import SparseLayerShape
+from .weights import GatedWeights, read_experts, read_gated_mlp
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens: the experts, `[T, k]` int64, and what they are multiplied with, `[T, k]`."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+@dataclass
+class SparseBlock:
+    """One sparse block of a model, seen as shared expert plus routed experts.
+
+    Args:
+        layer (`int`): Decoder layer index.
+        path (`str`): Name of the block in the base model, such as "layers.3.mlp".
+        module (`nn.Module`): The block.
+        experts (`nn.Module`): Its child with the stacked expert weights, called with routed indices and weights.
+        hidden_act (`str`): Name of the activation in `ACT2FN`.
+        shared (`nn.Module`, *optional*): The shared expert, wherever it lives.
+        shared_name (`str`, *optional*): Name of the shared expert where the decoder layer owns it, not the block.
+        shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
+        routed_scale (`float`): Constant c that the block multiplies the routed sum with.
+        shared_scale (`float`): Constant d that the block multiplies the shared output with.
+    """
+
+    layer: int
+    path: str
+    module: nn.Module
+    experts: nn.Module
+    hidden_act: str
+    shared: nn.Module | None = None
+    shared_name: str | None = None
+    shared_gate: nn.Linear | None = None
+    routed_scale: float = 1.0
+    shared_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.act_fn = ACT2FN[self.hidden_act]
+        weights = self.expert_weights()
+        self.num_experts, self.intermediate_size, self.hidden_size = weights.gate.shape
+        shared = self.shared_weights()
+        self.shared_intermediate_size = 0 if shared is None else shared.gate.shape[0]
+
+    @property
+    def shape(self) -> SparseLayerShape:
+        return SparseLayerShape(self.layer, self.num_experts, self.intermediate_size, self.shared_intermediate_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.expert_weights().gate.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.expert_weights().gate.dtype
+
+    def expert_weights(self) -> GatedWeights:
+        """Views of all routed experts' weights, stacked."""
+        return read_experts(self.experts)
+
+    def shared_weights(self) -> GatedWeights | None:
+        """Views of the shared expert's weights; None without one."""
+        return None if self.shared is None else read_gated_mlp(self.shared)
+
+    @torch.no_grad()
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """`E_i(x)` of every routed expert, ungated: `[N, T, H]` for `x` of shape `[T, H]`, in the dtype of `x`."""
+        return self.expert_weights()(x, self.act_fn)
+
+    @torch.no_grad()
+    def shared_output(self, x: Tensor) -> Tensor:
+        """`d · [sigmoid(w·x) ·] S(x)`, float32 `[T, H]` for `x` of shape `[T, H]`; zeros without a shared expert."""
+        if self.shared is None:
+            return torch.zeros_like(x, dtype=torch.float32)
+        output = self.shared(x[None])[0].float() * self.shared_scale
+        if self.shared_gate is not None:
+            output = output * torch.sigmoid(self.shared_gate(x).float())
+        return output
+
+    @contextmanager
+    def recording_routes(self) -> Iterator[list[Routing]]:
+        """Collects a `Routing` per call of the block; weights include the block's own scale."""
+        routes: list[Routing] = []
+
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routing = routing_of_call(args, kwargs)
+            assert routing is not None  # _probe_routing has seen such a call before
+            routes.append(Routing(routing.experts, routing.weights.float() * self.routed_scale))
+
+        handle = self.experts.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield routes
+        finally:
+            handle.remove()
+
+
+def routing_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None:
+    """Routed indices and weights among the arguments of an experts module: told apart by being whole numbers or not."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 3 or len(args) + len(kwargs) != 3:
+        return None
+    index = [t for t in tensors[1:] if not t.is_floating_point()]
+    weights = [t for t in tensors[1:] if t.is_floating_point()]
+    if len(index) != 1 or len(weights) != 1 or index[0].shape != weights[0].shape:
+        return None
+    return Routing(index[0].long(), weights[0])
+
+
+@contextmanager
+def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces a module's `forward` for a while, and puts back what was there (accelerate's hooks included)."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,162 @@
+"""Finds the sparse blocks of a model by their structure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import CondenseConfig
+from ..plan import ModelShape
+from .block import SparseBlock
+from .probes import probe_block
+from .weights import UnsupportedModelError, activation_name, has_stacked_weights, read_experts, read_gated_mlp
+
+# How configs say "this model has experts", for a better message where these are not recognised.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
+    """Finds and checks every sparse block of a model, in the order of depth.
+
+    On the meta device, where nothing can be computed, only the structure is checked.
+
+    Raises:
+        UnsupportedModelError: if there is none, or if one does not have the shape that condensing needs; the message
+            names the model type, the layer, the class and the reason.
+    """
+    blocks = describe_sparse_blocks(model)
+    if blocks[0].device.type != "meta":
+        probe_blocks(model, blocks)
+    return blocks
+
+
+def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_experts: int | None = None) -> None:
+    """Checks that blocks compute what `SparseBlock` says, one of each kind, and measures their constant factors.
+
+    Args:
+        router_experts (`int`, *optional*): Number of experts that the routers choose from, where weights of fewer are
+            loaded.
+
+    Raises:
+        UnsupportedModelError: with the layer, the class and the reason.
+    """
+    probed: dict[Any, SparseBlock] = {}
+    for block in blocks:
+        kind = (type(block.module), type(block.experts), block.num_experts, block.intermediate_size)
+        if kind not in probed:
+            with _refusing(model, block.layer, block.module):
+                probe_block(block, router_experts or block.num_experts)
+        twin = probed.setdefault(kind, block)
+        block.routed_scale, block.shared_scale = twin.routed_scale, twin.shared_scale
+
+
+def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
+    """The sparse blocks by their structure alone, in the order of depth; see `find_sparse_blocks`."""
+    found = [(name, module) for name, module in model.base_model.named_modules() if has_stacked_weights(module)]
+    if not found:
+        raise UnsupportedModelError(_why_none(model))
+    return sorted((_describe_block(model, *each) for each in found), key=lambda block: block.layer)
+
+
+def model_shape(model: PreTrainedModel, blocks: list[SparseBlock]) -> ModelShape:
+    """The sizes by which plans recognise the model."""
+    config = model.config.get_text_config()
+    return ModelShape(
+        model_type=model.config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        sparse_layers=[block.shape for block in blocks],
+    )
+
+
+def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
+    """Checks numbers of layers and experts against a model.
+
+    Raises:
+        ValueError: naming the field, what was asked for and what there is.
+    """
+    sparse = [block.layer for block in blocks]
+    if config.layers is not None:
+        wrong = [layer for layer in config.layers if layer not in sparse]
+        if wrong:
+            raise ValueError(f"`layers` names {wrong}, which are no sparse decoder layers; sparse are {sparse}.")
+    elif config.num_layers > len(sparse):
+        raise ValueError(
+            f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}."
+        )
+    for block in blocks:
+        chosen = config.layers is None or block.layer in config.layers
+        if chosen and config.num_experts > block.num_experts:
+            raise ValueError(
+                f"`num_experts` is {config.num_experts}, but decoder layer {block.layer} has {block.num_experts} "
+                "routed experts."
+            )
+
+
+def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> SparseBlock:
+    path = experts_name.rpartition(".")[0]
+    match = re.fullmatch(r"(?P<layer>.*?\.(?P<index>\d+))\.[^.]+", path)
+    base = model.base_model
+    index = int(match["index"]) if match else -1
+    with _refusing(model, index, experts):
+        if match is None:
+            raise UnsupportedModelError("its experts are not in a block of their own, a child of a decoder layer")
+        weights = read_experts(experts)
+        hidden_size = model.config.get_text_config().hidden_size
+        if weights.gate.shape[-1] != hidden_size:
+            raise UnsupportedModelError(
+                f"its experts work on {weights.gate.shape[-1]} features, not on the hidden size {hidden_size}"
+            )
+    module = base.get_submodule(path)
+    owner = base.get_submodule(match["layer"])
+    children = {name: child for name, child in module.named_children() if child is not experts}
+    shared = next((child for child in children.values() if read_gated_mlp(child) is not None), None)
+    shared_name = None
+    if shared is None:
+        others = {name: child for name, child in owner.named_children() if child is not module}
+        shared_name = next((n for n, child in others.items() if read_gated_mlp(child) is not None), None)
+        shared = others.get(shared_name) if shared_name else None
+    gate = next((c for c in children.values() if isinstance(c, nn.Linear) and c.out_features == 1), None)
+    with _refusing(model, index, module):
+        if gate is not None and gate.bias is not None:
+            raise UnsupportedModelError("the gate of its shared expert has a bias")
+        return SparseBlock(
+            layer=index,
+            path=path,
+            module=module,
+            experts=experts,
+            hidden_act=activation_name(experts, model.config.get_text_config()),
+            shared=shared,
+            shared_name=shared_name,
+            shared_gate=gate,
+        )
+
+
+def _why_none(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if getattr(config, name, None)}
+    if counts:
+        return (
+            f"model type {model.config.model_type!r} ({type(model).__name__}) has experts ({counts}), but not as "
+            "stacked weights in a block of their own: this form of sparse layer is not supported."
+        )
+    return (
+        f"model type {model.config.model_type!r} ({type(model).__name__}) is dense: there is no sparse layer with "
+        "routed experts to condense."
+    )
+
+
+@contextmanager
+def _refusing(model: PreTrainedModel, layer: int, module: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModelError as error:
+        where = f"decoder layer {layer}" if layer >= 0 else "one of its modules"
+        raise UnsupportedModelError(
+            f"model type {model.config.model_type!r} can't be condensed: in {where} ({type(module).__name__}), {error}."
+        ) from error

@@ -1,0 +1,101 @@
+"""Probes that a sparse block computes what `SparseBlock` says, before anything relies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .block import Routing, SparseBlock, patched_forward, routing_of_call
+from .weights import GatedWeights, UnsupportedModelError
+
+
+def probe_block(block: SparseBlock, router_experts: int) -> None:
+    """Checks on a few random tokens that the block computes what `SparseBlock` says, and measures its two scales."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=block.device, dtype=dtype)
+
+    x = random(1, 4, block.hidden_size, dtype=block.dtype)
+    with torch.no_grad():
+        _probe_routing(block, x, router_experts)
+        _probe_sum(block, x, random)
+        _probe_experts(block, x[0], random)
+        shared = block.shared_weights()
+        if block.shared is not None and shared is not None:
+            reason = f"its shared expert is not {block.hidden_act}(gate) * up"
+            _compare(block.shared(x)[0], shared(x[0], block.act_fn), reason)
+
+
+def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
+    calls: list[Routing | None] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(routing_of_call((hidden, *args), kwargs))
+        return torch.zeros_like(hidden)
+
+    with patched_forward(block.experts, record):
+        try:
+            output = block.module(x)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError("its block returns more than hidden states")
+    if len(calls) != 1 or calls[0] is None:
+        raise UnsupportedModelError("its experts are not called with the routed indices and weights of each token")
+    if int(calls[0].experts.max()) >= router_experts:
+        raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
+
+
+def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
+    """With outputs of experts and shared expert put in by hand, the block must add them, up to constant factors."""
+    in_block = block.shared is not None and block.shared_name is None
+    shape = (1, x.shape[1], block.hidden_size)
+
+    def run(routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
+        with patched_forward(block.experts, lambda h, *_, **__: routed.reshape(h.shape)):
+            if block.shared is None or not in_block:
+                return block.module(x).float()
+            with patched_forward(block.shared, lambda h, *_, **__: shared.reshape(h.shape)):
+                if block.shared_gate is None:
+                    return block.module(x).float()
+                with patched_forward(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1)):
+                    return block.module(x).float()
+
+    one, zero = torch.ones(shape, device=x.device), torch.zeros(shape, device=x.device)
+    open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
+    block.routed_scale = run(one, zero, open_gate).mean().item()
+    block.shared_scale = run(zero, one, open_gate).mean().item() if in_block else 1.0
+    routed, shared, gate = random(*shape), random(*shape), random(1, x.shape[1], 1)
+    factor = torch.sigmoid(gate) if block.shared_gate is not None else 1.0
+    expected = block.routed_scale * routed + (block.shared_scale * factor * shared if in_block else 0.0)
+    _compare(run(routed, shared, gate), expected, "its block does more than add shared and routed experts")
+
+
+def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
+    weights = block.expert_weights()
+    apply_gate = getattr(block.experts, "_apply_gate", None)
+    if apply_gate is not None:
+        # Far from zero, where a clamp would show.
+        z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
+        gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])
+        _compare(apply_gate(z), block.act_fn(gate) * up, f"its experts are not {block.hidden_act}(gate) * up")
+    index = torch.stack([torch.arange(len(x)), torch.arange(len(x)) + 1], dim=1) % block.num_experts
+    index = index.to(x.device)
+    gates = random(*index.shape).abs().to(x.dtype)
+    chosen = GatedWeights(*(part[index.flatten()] for part in weights[:3]))
+    outputs = chosen(x.repeat_interleave(2, 0)[:, None], block.act_fn)[:, 0].unflatten(0, index.shape)
+    expected = (outputs.float() * gates.float()[..., None]).sum(1)
+    _compare(block.experts(x, index, gates), expected, f"its experts are not {block.hidden_act}(gate) * up")
+
+
+def _compare(actual: Tensor, expected: Tensor, reason: str) -> None:
+    half = min(torch.finfo(actual.dtype).bits, torch.finfo(expected.dtype).bits) < 32
+    tolerance = 5e-2 if half else 1e-4
+    actual, expected = actual.float().reshape(expected.shape), expected.float()
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-12)
+    if not error <= tolerance:
+        raise UnsupportedModelError(f"{reason} (relative difference {error:.1e})")

@@ -1,0 +1,112 @@
+"""Reads the weights of gated MLPs, one or stacked, however an architecture lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+# Names of the three projections of a gated MLP, as architectures have them; a fused pair holds [gate; up].
+_MLP_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_FUSED_MLP_LAYOUTS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no sparse layers, or sparse layers that no dense gated MLP can stand for."""
+
+
+class GatedWeights(NamedTuple):
+    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none."""
+
+    gate: Tensor  # [(N,) I, H]
+    up: Tensor  # [(N,) I, H]
+    down: Tensor  # [(N,) H, I]
+    gate_bias: Tensor | None = None  # [I]
+    up_bias: Tensor | None = None  # [I]
+    down_bias: Tensor | None = None  # [H]
+
+    def __call__(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """Output `[(N,) T, H]` for `x` of shape `[T, H]`."""
+        gate = _affine(x, self.gate, self.gate_bias)
+        up = _affine(x, self.up, self.up_bias)
+        return _affine(act(gate).mul_(up), self.down, self.down_bias)
+
+
+def has_stacked_weights(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return stacked or _is_dbrx_like(module)
+
+
+def _is_dbrx_like(experts: nn.Module) -> bool:
+    inner = getattr(experts, "mlp", None)
+    return isinstance(inner, nn.Module) and all(
+        isinstance(getattr(inner, name, None), nn.Parameter) for name in ("w1", "v1", "w2")
+    )
+
+
+def read_experts(experts: nn.Module) -> GatedWeights:
+    """Views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
+
+    Raises:
+        UnsupportedModelError: if they are not those of bias-free gated MLPs.
+    """
+    if _is_dbrx_like(experts):
+        mlp, num = experts.mlp, experts.num_experts
+        gate, up, down = (getattr(mlp, name).unflatten(0, (num, -1)) for name in ("w1", "v1", "w2"))
+        return GatedWeights(gate, up, down.transpose(1, 2))
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
+        raise UnsupportedModelError("its experts are not gated MLPs with stacked weights gate_up_proj and down_proj")
+    if getattr(experts, "has_bias", False) or getattr(experts, "gate_up_proj_bias", None) is not None:
+        raise UnsupportedModelError("its experts have biases")
+    if getattr(experts, "has_post_expert_norm", False):
+        raise UnsupportedModelError("it normalises the output of every expert")
+    if getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if not getattr(experts, "is_concatenated", True):
+        gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+    else:
+        gate, up = gate_up.chunk(2, dim=1)
+    if gate.shape != (down.shape[0], down.shape[2], down.shape[1]):
+        raise UnsupportedModelError(
+            f"the shapes of its expert weights, {tuple(gate_up.shape)} and {tuple(down.shape)}, do not belong together"
+        )
+    return GatedWeights(gate, up, down)
+
+
+def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
+    """Views of a gated MLP's weights, or None if the module is no gated MLP made of `nn.Linear`s."""
+    for names in _MLP_LAYOUTS:
+        parts = [getattr(module, name, None) for name in names]
+        linears = [part for part in parts if isinstance(part, nn.Linear)]
+        if len(linears) == 3:
+            gate, up, down = linears
+            return GatedWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+    for fused_name, down_name in _FUSED_MLP_LAYOUTS:
+        fused, last = getattr(module, fused_name, None), getattr(module, down_name, None)
+        if isinstance(fused, nn.Linear) and isinstance(last, nn.Linear):
+            biases: tuple[Tensor | None, ...] = (None, None) if fused.bias is None else fused.bias.chunk(2)
+            return GatedWeights(*fused.weight.chunk(2), last.weight, *biases, last.bias)
+    return None
+
+
+def activation_name(experts: nn.Module, config: Any) -> str:
+    """The name of the experts' activation: the config's where it fits the module, else found by the module's type."""
+    holders = (experts, getattr(experts, "mlp", None))
+    names = ("act_fn", "activation_fn", "activation", "act")
+    modules = [getattr(holder, name, None) for holder in holders for name in names]
+    act = next((module for module in modules if isinstance(module, nn.Module)), None)
+    named = [getattr(config, name, None) for name in ("hidden_act", "hidden_activation")]
+    candidates = [name for name in (*named, "silu", *ACT2FN) if isinstance(name, str) and name in ACT2FN]
+    if act is None:
+        return candidates[0]
+    return next((name for name in candidates if type(ACT2FN[name]) is type(act)), candidates[0])
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = x @ weight.mT
+    return product if bias is None else product + bias

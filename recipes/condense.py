@@ -1,0 +1,129 @@
+# /// script
+# dependencies = ["cdmoe_plugin[recipes]"]
+# ///
+"""
+Condense a sparse Mixture-of-Experts model (CD-MoE).
+
+What it would save, from the config alone:
+
+python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base --dry_run
+
+Search on C4 as in the paper, condense 9 layers to 6 routed experts each, and save:
+
+python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --output_dir deepseek-moe-cd9
+
+Apply a plan, or a smaller budget from it, without a search:
+
+python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base \
+    --plan deepseek-moe-cd9/condense_plan.json --num_layers 6 --output_dir deepseek-moe-cd6
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from cdmoe_plugin import CondenseConfig
+
+
+@dataclass
+class CondenseArguments:
+    """What to condense, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the sparse checkpoint."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the condensed checkpoint; new or empty. Not needed with --dry_run."},
+    )
+    plan: str | None = field(
+        default=None,
+        metadata={"help": "A condense_plan.json (or a condensed checkpoint's folder) to apply instead of a search."},
+    )
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "Hub dataset or local .txt, .json, .jsonl or .parquet file to search on; C4 if unset."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print sizes before and after from the config alone, and stop."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Dtype to load the model in, such as bfloat16."})
+    device_map: str = field(default="auto", metadata={"help": "Where to load the model: auto, cpu, cuda, ..."})
+    revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Size of the saved checkpoint's files, at most."})
+
+
+def search_arguments() -> type:
+    """The fields of `CondenseConfig` as arguments, None where not given: a plan is only cut where it is asked for."""
+    hints = get_type_hints(CondenseConfig)
+    rows: list[Any] = []
+    for f in dataclasses.fields(CondenseConfig):
+        help_text = f"{f.metadata['help']} (default: {f.default})" if f.default is not None else f.metadata["help"]
+        rows.append((f.name, hints[f.name] | None, field(default=None, metadata={"help": help_text})))
+    return dataclasses.make_dataclass("SearchArguments", rows)
+
+
+def make_parser() -> Any:
+    from trl import TrlParser
+
+    return TrlParser((CondenseArguments, search_arguments()), description="Condense a sparse Mixture-of-Experts model.")
+
+
+def check_output(output_dir: str | None) -> Path:
+    """The folder to write to, which must be new or empty."""
+    if output_dir is None:
+        raise ValueError("`--output_dir` is needed: a new or empty folder for the condensed checkpoint.")
+    path = Path(output_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"`--output_dir` {output_dir} is not an empty folder; choose another, or empty it.")
+    return path
+
+
+def main(args: CondenseArguments, given: dict[str, Any]) -> None:
+    """Runs the recipe; `given` holds the fields of `CondenseConfig` that were set."""
+    from transformers import AutoTokenizer
+
+    from cdmoe_plugin import CondensePlan, condense_pretrained
+    from cdmoe_plugin.report import dry_run, plan_table
+
+    # A plan brings its own budget, which may be cut; a search takes the defaults for what is not given.
+    plan = CondensePlan.load(args.plan) if args.plan else None
+    if plan is not None:
+        unused = sorted(set(given) - {"num_layers", "num_experts"})
+        if unused or args.calibration:
+            raise ValueError(f"With `--plan` there is no search: {unused or ['calibration']} would do nothing.")
+        plan = plan.truncate(**given)
+    config = CondenseConfig(**given)
+    hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code or None}
+    if args.dry_run:
+        print(dry_run(args.model_name_or_path, plan or config, dtype=args.dtype, **hub))
+        return
+    output_dir = check_output(args.output_dir)
+    model = condense_pretrained(
+        args.model_name_or_path,
+        None if plan else config,
+        plan=plan,
+        calibration=args.calibration,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        **hub,
+    )
+    model.save_pretrained(output_dir, max_shard_size=args.max_shard_size)
+    if has_tokenizer(args.model_name_or_path):
+        AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(output_dir)
+    print(plan_table(model.condense_plan))
+    print(f"Saved to {output_dir}: {model.num_parameters():,} parameters.")
+
+
+def has_tokenizer(name_or_path: str) -> bool:
+    """Whether a checkpoint comes with a tokenizer; a folder may hold weights alone."""
+    return not os.path.isdir(name_or_path) or any(Path(name_or_path).glob("tokenizer*"))
+
+
+if __name__ == "__main__":
+    parser = make_parser()
+    arguments, search = parser.parse_args_and_config()
+    main(arguments, {name: value for name, value in vars(search).items() if value is not None})

@@ -1,0 +1,288 @@
+"""The searches against the naive reference: gates, every divergence of every step, and every order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
+from cdmoe_plugin.divergence import METRICS
+from cdmoe_plugin.selection import experts as expert_room
+from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
+from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
+
+from . import naive
+from .tiny_models import _randomize, random_ids, tiny_config, tiny_model
+
+CASES = [("mixtral", None), ("laguna", None)]
+CASES += [(name, norm) for name in ("qwen2_moe", "deepseek", "deepseek_v3") for norm in (False, True)]
+SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
+SEARCH = CondenseConfig(num_layers=3, num_experts=3, batch_size=3)
+
+
+def build(model_type: str, norm: bool | None = None, **overrides: Any) -> PreTrainedModel:
+    """A tiny model whose layers and experts differ in size, so that orders are no matter of course."""
+    overrides = {"num_experts": 6, **overrides} | ({} if norm is None else {"norm_topk_prob": norm})
+    if model_type == "deepseek":
+        like = tiny_config("dots1", **overrides).to_dict()
+        config = AutoConfig.for_model("deepseek", **{name: like[name] for name in like if name != "model_type"})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        _randomize(model, seed=3)
+    else:
+        model = tiny_model(model_type, seed=3, **overrides)
+    for index, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            sizes = torch.linspace(0.7, 1.3, len(layer.mlp.experts.down_proj)).roll(index)[:, None, None]
+            layer.mlp.experts.down_proj.data *= sizes * (0.7 if index == 1 + len(model_type) % 3 else 1.5)
+    return model
+
+
+@dataclass
+class Record:
+    """What the searches saw and gave."""
+
+    gates: dict[int, torch.Tensor]
+    experts: dict[int, Any]
+    layers: list[Any]
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """Everything that passes through the registered greedy functions."""
+    kept = Record({}, {}, [])
+    by_expert, by_layer = EXPERT_SELECTIONS["greedy"], LAYER_SELECTIONS["greedy"]
+
+    def spy_experts(data: Any, num_experts: int) -> Any:
+        kept.gates[data.block.layer] = data.gates
+        kept.experts[data.block.layer] = by_expert(data, num_experts)
+        return kept.experts[data.block.layer]
+
+    def spy_layers(data: Any, num_layers: int) -> Any:
+        kept.layers.append(by_layer(data, num_layers))
+        return kept.layers[-1]
+
+    monkeypatch.setitem(EXPERT_SELECTIONS, "greedy", spy_experts)
+    monkeypatch.setitem(LAYER_SELECTIONS, "greedy", spy_layers)
+    return kept
+
+
+@cache
+def reference(model_type: str, norm: bool | None, metric: str, compare: str) -> tuple[Any, ...]:
+    """Naive gates, expert search and layer search of `build(model_type, norm)`."""
+    model = build(model_type, norm)
+    gates = naive.naive_gates(model, SEQUENCES)
+    experts = naive.naive_expert_search(model, SEQUENCES, 3, metric)
+    choices = {layer: (s.order, [gates[layer][e] for e in s.order]) for layer, s in experts.items()}
+    return gates, experts, naive.naive_layer_search(model, SEQUENCES, choices, 3, metric, compare)
+
+
+def same_steps(found: list[dict[int, float]], expected: list[dict[int, float]]) -> None:
+    assert [list(step) for step in found] == [list(step) for step in expected]  # the candidates
+    for step, other in zip(found, expected, strict=True):
+        assert step == pytest.approx(other, rel=1e-4, abs=0)
+
+
+def check(plan: CondensePlan, record: Record, *case: Any) -> None:
+    gates, experts, layers = reference(*case)
+    assert sorted(record.gates) == sorted(gates)
+    for layer, expected in gates.items():
+        found = {e: float(g) for e, g in enumerate(record.gates[layer]) if not g.isnan()}
+        assert found == pytest.approx(expected, rel=0, abs=1e-6)
+        assert record.experts[layer].experts == experts[layer].order
+        assert record.experts[layer].scores == pytest.approx(experts[layer].scores, rel=1e-4, abs=0)
+        same_steps(record.experts[layer].steps, experts[layer].steps)
+    assert [row.layer for row in plan.layers] == record.layers[0].layers == layers.order
+    assert [row.score for row in plan.layers] == record.layers[0].scores
+    assert record.layers[0].scores == pytest.approx(layers.scores, rel=1e-4, abs=0)
+    same_steps(record.layers[0].rounds, layers.steps)
+    assert plan.layer_divergences == record.layers[0].rounds[0]
+    for row in plan.layers:
+        assert row.experts == experts[row.layer].order
+        assert row.expert_scores == record.experts[row.layer].scores
+        assert row.gates == [float(record.gates[row.layer][e]) for e in row.experts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("model_type", "norm"), CASES)
+def test_search_is_the_naive_one(model_type: str, norm: bool | None, batch_size: int, record: Record) -> None:
+    config = replace(SEARCH, batch_size=batch_size)
+    plan = search_plan(build(model_type, norm), config, calibration=SEQUENCES)
+    check(plan, record, model_type, norm, "js", "hidden")
+
+
+@pytest.mark.parametrize(("metric", "compare"), [("js", "logits"), ("kl", "hidden"), ("mse", "logits")])
+@pytest.mark.parametrize(("model_type", "norm"), [("qwen2_moe", True), ("deepseek_v3", False)])
+def test_other_outputs_and_metrics(model_type: str, norm: bool, metric: str, compare: str, record: Record) -> None:
+    config = replace(SEARCH, metric=metric, compare=compare)
+    plan = search_plan(build(model_type, norm), config, calibration=SEQUENCES)
+    check(plan, record, model_type, norm, metric, compare)
+
+
+def test_the_orders_are_no_matter_of_course() -> None:
+    """Or the tests above would prove less: layers are not chosen by depth, nor the same experts everywhere."""
+    orders = [reference(*case, "js", "hidden")[2].order for case in CASES]
+    assert len(set(map(tuple, orders))) > 2
+    firsts = {search.order[0] for case in CASES for search in reference(*case, "js", "hidden")[1].values()}
+    assert len(firsts) > 3
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_divergences_of_any_outputs(metric: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-2, 1.0, 30.0):  # nearly uniform to nearly one-hot
+        target, candidate = (scale * torch.randn(5, 7, 40, generator=generator) for _ in range(2))
+        expected = naive.NAIVE_METRICS[metric](target, candidate)
+        torch.testing.assert_close(METRICS[metric](target, candidate).double(), expected, rtol=1e-4, atol=5e-7)
+        assert METRICS[metric](target, target).abs().max() < 1e-6
+        half = METRICS[metric](target.bfloat16(), candidate.bfloat16())
+        assert torch.equal(half, METRICS[metric](target.bfloat16().float(), candidate.bfloat16().float()))
+
+
+@pytest.mark.parametrize("cache_memory", ["1KB", "30KB", "4GB"])
+def test_memory_and_pieces_do_not_matter(cache_memory: str, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens computed and compared in small pieces, all, some or none of them kept."""
+    monkeypatch.setattr(expert_room, "_COMPUTE_ELEMENTS", 6 * 32 * 7)
+    monkeypatch.setattr(expert_room, "_COMPARE_ELEMENTS", {"cpu": 5 * 32 * 3})
+    model = build("qwen2_moe", True)
+    plan = search_plan(model, replace(SEARCH, cache_memory=cache_memory), calibration=SEQUENCES)
+    check(plan, record, "qwen2_moe", True, "js", "hidden")
+    kept = search_plan(model, SEARCH, calibration=SEQUENCES)
+    assert [row.expert_scores for row in kept.layers] == [row.expert_scores for row in plan.layers]  # bitwise
+    assert replace(kept, config=None) == replace(plan, config=None)
+
+
+def test_smaller_plans_are_prefixes() -> None:
+    model = build("deepseek_v3", True)
+    large = search_plan(model, SEARCH, calibration=SEQUENCES)
+    small = search_plan(model, replace(SEARCH, num_experts=1, layers=[3, 1]), calibration=SEQUENCES)
+    rows = {row.layer: row for row in large.layers}
+    assert [row.layer for row in small.layers] == [3, 1]
+    assert small.layer_divergences is None
+    for row in small.layers:
+        assert row.score is None
+        assert row.experts == rows[row.layer].experts[:1]
+        assert row.gates == rows[row.layer].gates[:1]
+        assert row.expert_scores == rows[row.layer].expert_scores[:2]
+    fewer = search_plan(model, replace(SEARCH, num_layers=2), calibration=SEQUENCES)
+    assert fewer == large.truncate(num_layers=2)
+
+
+def test_an_expert_that_no_token_chose_is_no_candidate(record: Record) -> None:
+    model = build("deepseek_v3", True)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[4] = -10.0
+    search_plan(model, replace(SEARCH, num_experts=5, layers=[1, 2]), calibration=SEQUENCES)
+    assert [4 in gates for gates in naive.naive_gates(model, SEQUENCES).values()] == [False, True, True]
+    assert sorted(record.experts[1].experts) == [0, 1, 2, 3, 5]
+    with pytest.raises(ValueError, match="layer 1: only 5 of 6 experts"):
+        search_plan(model, replace(SEARCH, num_experts=6), calibration=SEQUENCES)
+
+
+@pytest.mark.parametrize("cache_memory", ["1KB", "4GB"])
+@pytest.mark.parametrize("twins", [(0, 4), (1, 3)])
+def test_ties_go_to_the_lower_index(twins: tuple[int, int], cache_memory: str, record: Record) -> None:
+    model = build("qwen2_moe", num_experts=5, top_k=5)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.weight.data.zero_()  # all gates are 1/5
+        for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+            weight.data[twins[1]] = weight.data[twins[0]]
+    config = replace(SEARCH, num_experts=5, batch_size=2, cache_memory=cache_memory)
+    for number, length in ((5, 16), (3, 9), (6, 30)):
+        search_plan(model, config, calibration=random_ids(number, length))
+        for order in record.experts.values():
+            assert order.experts.index(twins[0]) < order.experts.index(twins[1])
+
+
+# --- what a search leaves behind ---
+
+
+def state_of(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], Any]:
+    """Everything about a model that a search could change: its tensors, and the rest."""
+    tensors = {name: (t, t.detach().clone()) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    modules = {
+        name: (id(m), type(m), m.training, sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if _is_sized(v)})
+        for name, m in model.named_modules()
+    }
+    about = {name: (id(t), t.requires_grad, t.grad) for name, (t, _) in tensors.items()}
+    config = copy.deepcopy(model.config.to_dict())
+    values = {name: value for name, (_, value) in tensors.items()} | {"random state": torch.get_rng_state()}
+    return values, (about, modules, config)
+
+
+def _is_sized(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
+@pytest.fixture
+def mixed_modes() -> Iterator[PreTrainedModel]:
+    """A model, partly in training mode, that must come out as it went in."""
+    model = build("qwen2_moe", True, attention_dropout=0.3).train()
+    model.model.layers[2].eval()
+    model.model.layers[1].mlp.experts.gate_up_proj.requires_grad_(False)
+    with torch.no_grad():
+        model(torch.tensor(SEQUENCES[:1]))  # transformers' own lazy set-up
+    before = state_of(model)
+    yield model
+    after = state_of(model)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert after[1] == before[1]
+
+
+def test_the_model_stays_as_it_was(mixed_modes: PreTrainedModel) -> None:
+    search_plan(mixed_modes, SEARCH, calibration=SEQUENCES)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
+def test_the_model_stays_as_it_was_when_a_search_fails(
+    mixed_modes: PreTrainedModel, share: float, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after a share of all calls of experts: while observing, choosing experts, or choosing layers."""
+    calls, last = 0, float("inf")
+    forward = type(mixed_modes.model.layers[3]).forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= last:
+            raise error("stop")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(mixed_modes.model.layers[3]), "forward", counting)
+    search_plan(mixed_modes, SEARCH, calibration=SEQUENCES)
+    last = max(1, int(share * calls))
+    calls = 0
+    with pytest.raises(error, match="stop"):
+        search_plan(mixed_modes, SEARCH, calibration=SEQUENCES)
+
+
+def test_training_mode_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral", router_jitter_noise=0.5, attention_dropout=0.5)
+    config = replace(SEARCH, num_samples=3)
+    plan = search_plan(model, config, calibration=SEQUENCES)
+    assert search_plan(model.train(), config, calibration=SEQUENCES) == plan
+    other = search_plan(model, replace(config, seed=1), calibration=SEQUENCES)
+    assert other.calibration["fingerprint"] != plan.calibration["fingerprint"]
+    assert other.layers != plan.layers
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "mixtral"])
+def test_bfloat16_chooses_as_float32_does(model_type: str, record: Record) -> None:
+    half = build(model_type).bfloat16()
+    calibration = random_ids(12, 40, seed=2)
+    search_plan(half, SEARCH, calibration=calibration)
+    gates, experts = dict(record.gates), dict(record.experts)
+    search_plan(copy.deepcopy(half).float(), SEARCH, calibration=calibration)
+    for layer, wide in record.experts.items():
+        torch.testing.assert_close(gates[layer], record.gates[layer], rtol=0, atol=1e-2)
+        assert experts[layer].experts[:2] == wide.experts[:2]
+        assert experts[layer].scores == pytest.approx(wide.scores, rel=0.03)
+    assert record.layers[0].layers == record.layers[1].layers
+    assert record.layers[0].scores == pytest.approx(record.layers[1].scores, rel=0.05)
