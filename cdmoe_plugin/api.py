@@ -270,8 +270,8 @@ class _Search:
         if available < self.config.num_experts:
             raise ValueError(
                 f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
-                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose has "
-                "no mean gate). Use more calibration data or a smaller `num_experts`."
+                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
+                "has no mean gate). Use more calibration data or a smaller `num_experts`."
             )
 
 

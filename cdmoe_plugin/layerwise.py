@@ -38,7 +38,7 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
         self.model = model
-        self.base = model.base_model
+        self.base: Any = model.base_model
         self.layers: Any = self.base.get_submodule(layers_path)
         self.batches = list(batches)
         # What every layer returns (0: a tensor alone), where its extra results go in the next layer's call, and what

@@ -89,8 +89,9 @@ def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
     for fused_name, down_name in _FUSED_MLP_LAYOUTS:
         fused, last = getattr(module, fused_name, None), getattr(module, down_name, None)
         if isinstance(fused, nn.Linear) and isinstance(last, nn.Linear):
-            biases: tuple[Tensor | None, ...] = (None, None) if fused.bias is None else fused.bias.chunk(2)
-            return GatedWeights(*fused.weight.chunk(2), last.weight, *biases, last.bias)
+            gate_weight, up_weight = fused.weight.chunk(2)
+            gate_bias, up_bias = (None, None) if fused.bias is None else fused.bias.chunk(2)
+            return GatedWeights(gate_weight, up_weight, last.weight, gate_bias, up_bias, last.bias)
     return None
 
 

@@ -1,0 +1,112 @@
+"""
+Condense a small Mixture-of-Experts model from beginning to end, with nothing to download:
+
+python examples/quickstart.py
+
+English text that comes with Python trains a tokenizer and a small model of DeepSeekMoE's kind (minutes the first time,
+then cached). Half of its sparse layers are condensed, saved, opened again, and compared with the sparse model and with
+what is left if only the shared experts are kept. Ends with a table, and a PNG like Figure 1 of the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from cdmoe_plugin import CondenseConfig, condense_pretrained, search_plan
+from cdmoe_plugin.report import format_table, plan_table, plot_layer_divergences
+from tiny_moe import train_or_load
+
+CONFIG = CondenseConfig(num_layers=4, num_experts=4, num_samples=64, max_length=256)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache_dir", type=Path, default=Path(".cache/quickstart"), help="keeps the trained model")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="models, plan and figure")
+    return parser.parse_args()
+
+
+def held_out_batches(tokenizer: Any, texts: list[str], length: int = 256, size: int = 16) -> list[torch.Tensor]:
+    """The held-out documents, one after the other, as batches of full sequences."""
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return list(rows.split(size))
+
+
+@torch.inference_mode()
+def losses(model: Any, batches: list[torch.Tensor]) -> Iterator[tuple[float, int]]:
+    """Mean loss and number of predicted tokens of each batch."""
+    for ids in batches:
+        yield model(input_ids=ids, labels=ids).loss.item(), ids[:, 1:].numel()
+
+
+def perplexity(model: Any, batches: list[torch.Tensor]) -> float:
+    """Perplexity over all tokens of the batches."""
+    total, tokens = 0.0, 0
+    for loss, count in losses(model, batches):
+        total, tokens = total + loss * count, tokens + count
+    return math.exp(total / tokens)
+
+
+@torch.inference_mode()
+def tokens_per_second(models: dict[str, Any], ids: torch.Tensor, repeats: int = 5) -> dict[str, float]:
+    """Speed of one forward pass, median of several; models take turns, so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: ids.numel() / statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.set_verbosity_error()
+    sparse, tokenizer, texts, held_out = train_or_load(args.cache_dir)
+
+    print("Choosing experts and layers on calibration text ...")
+    plan = search_plan(sparse, CONFIG, calibration=texts, tokenizer=tokenizer)
+    folders = {
+        "sparse": args.output_dir / "sparse",
+        "shared experts only": args.output_dir / "shared-only",
+        "condensed": args.output_dir / "condensed",
+    }
+    sparse.save_pretrained(folders["sparse"])
+    # With a plan, condensing a checkpoint needs neither a search nor the experts that are dropped.
+    for name, smaller in (("shared experts only", plan.truncate(num_experts=0)), ("condensed", plan)):
+        condense_pretrained(folders["sparse"], plan=smaller).save_pretrained(folders[name])
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
+        for name, folder in folders.items()
+    }
+    batches = held_out_batches(tokenizer, held_out)
+    speed = tokens_per_second(models, batches[0])
+    rows = []
+    for name, model in models.items():
+        size = sum(file.stat().st_size for file in folders[name].glob("*.safetensors"))
+        cells = (f"{model.num_parameters():,}", f"{size / 2**20:.1f} MiB", f"{perplexity(model, batches):.2f}")
+        rows.append((name, *cells, f"{speed[name]:,.0f}"))
+    figure = args.output_dir / "divergence_per_layer.png"
+    plot_layer_divergences(plan, figure)
+
+    print(f"\nThe plan, in the order of selection:\n\n{plan_table(plan)}\n")
+    print(format_table(["model", "parameters", "file size", "held-out perplexity", "tokens/s"], rows))
+    print(f"\nModels, plan and figure ({figure.name}) are in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
