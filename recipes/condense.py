@@ -20,6 +20,7 @@ python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-bas
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -66,10 +67,21 @@ def search_arguments() -> type:
     return dataclasses.make_dataclass("SearchArguments", rows)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not None, which stands for "not given"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def make_parser() -> Any:
     from trl import TrlParser
 
-    return TrlParser((CondenseArguments, search_arguments()), description="Condense a sparse Mixture-of-Experts model.")
+    return TrlParser(
+        (CondenseArguments, search_arguments()),
+        description="Condense a sparse Mixture-of-Experts model.",
+        formatter_class=HelpFormatter,
+    )
 
 
 def check_output(output_dir: str | None) -> Path:

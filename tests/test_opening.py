@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeForCausalLM
 
 from cdmoe_plugin import CondenseConfig, condense_pretrained
 from cdmoe_plugin.modeling_cdmoe import condensed_model_class
@@ -307,7 +307,7 @@ def test_a_sparse_checkpoint_is_not_condensed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"condense_config.*not condensed"):
         condensed.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"condense_config.*not condensed"):
-        condensed(condensed.config_class())
+        condensed(condensed.config_class.from_pretrained(tmp_path))
 
 
 @pytest.mark.parametrize("model_type", ["cdmoe_magic", "cdmoe_", "cdmoe_qwen3_moe", "cdmoe_llama", "cdmoe_deepseek"])

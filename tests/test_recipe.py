@@ -1,0 +1,138 @@
+"""recipes/condense.py: search, plan and dry run on a small checkpoint, as a user would call it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from cdmoe_plugin import CondenseConfig, CondensePlan
+from tests.tiny_models import tiny_model
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "condense.py"
+WORDS = [f"w{i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("condense_recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model with a tokenizer of 100 words, and calibration text beside it."""
+    folder = tmp_path_factory.mktemp("sparse")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model("qwen2_moe").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    texts = [" ".join(WORDS[(7 * i + j * j) % 100] for j in range(10 + i)) for i in range(20)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def run(recipe: ModuleType, *arguments: object) -> None:
+    args, search = recipe.make_parser().parse_args_and_config(args=[str(a) for a in arguments])
+    recipe.main(args, {name: value for name, value in vars(search).items() if value is not None})
+
+
+def test_search_and_save_from_a_config_file(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {checkpoint}\ncalibration: {checkpoint / 'texts.jsonl'}\nnum_layers: 3\nnum_experts: 2\n"
+    )
+    run(recipe, "--config", config, "--num_layers", 2, "--output_dir", tmp_path / "out")
+    plan = CondensePlan.load(tmp_path / "out")
+    assert [len(layer.experts) for layer in plan.layers] == [2, 2]
+    assert plan.calibration is not None
+    assert plan.calibration["num_samples"] == 20
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "CDMoEQwen2MoeForCausalLM"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 104
+    assert plan.config == {**CondenseConfig().to_dict(), "num_layers": 2, "num_experts": 2}
+
+    run(recipe, "--model_name_or_path", checkpoint, "--plan", tmp_path / "out", "--output_dir", tmp_path / "again")
+    assert CondensePlan.load(tmp_path / "again") == plan
+    smaller = ("--num_layers", 1, "--num_experts", 0, "--output_dir", tmp_path / "smaller")
+    run(recipe, "--model_name_or_path", checkpoint, "--plan", tmp_path / "out", *smaller)
+    assert CondensePlan.load(tmp_path / "smaller") == plan.truncate(num_layers=1, num_experts=0)
+
+
+def test_dry_run_needs_the_config_alone(
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    run(recipe, "--model_name_or_path", tmp_path, "--dry_run", "--num_layers", 2, "--num_experts", 3)
+    before = tiny_model("qwen2_moe").num_parameters()
+    # Of 8 experts with 3 * 32 * 16 weights each, 5 go, and the router of 8 * 32; in two layers.
+    after = before - 2 * (5 * 3 * 32 * 16 + 8 * 32)
+    table = capsys.readouterr().out
+    assert f"{before:,}" in table
+    assert f"{after:,}" in table
+    assert f"{1 - after / before:.1%}" in table
+
+
+def test_deepseek_moe_16b_as_in_the_paper(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "vocab_size": 102400}
+    experts = {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1}
+    heads = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = {"model_type": "deepseek", "torch_dtype": "bfloat16", **sizes, **experts, **heads}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run(recipe, "--model_name_or_path", tmp_path, "--dry_run")
+    table = capsys.readouterr().out
+    for figure in ("16.38 B", "11.86 B", "27.6%", "30.50 GiB", "22.09 GiB"):
+        assert figure in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output_dir", "{full}"], "not an empty folder"),
+        ([], "--output_dir"),
+        (["--output_dir", "{new}", "--num_experts", "9"], "num_experts"),
+        (["--output_dir", "{new}", "--metric", "cosine"], "'js', 'kl', 'mse'"),
+        (["--output_dir", "{new}", "--calibration", "missing.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_requests_leave_nothing(
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    full, new = tmp_path / "full", tmp_path / "new"
+    full.mkdir()
+    (full / "precious.txt").write_text("mine")
+    places = {"full": full, "new": new}
+    with pytest.raises(ValueError, match=message):
+        run(recipe, "--model_name_or_path", checkpoint, "--num_layers", 2, *(a.format(**places) for a in arguments))
+    assert not new.exists()
+    assert [file.name for file in full.iterdir()] == ["precious.txt"]
+
+
+def test_unknown_keys_of_a_config_file_are_refused(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model_name_or_path: {checkpoint}\nnum_expert: 2\n")
+    with pytest.raises(ValueError, match="num_expert"):
+        run(recipe, "--config", tmp_path / "config.yaml")
+
+
+@pytest.mark.slow
+def test_help_explains_every_field() -> None:
+    result = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, check=True)
+    for name in ("output_dir", "plan", "calibration", "dry_run", *CondenseConfig.__dataclass_fields__):
+        assert f"--{name}" in result.stdout
+    assert "(default: 9)" in result.stdout
+    assert "(default: None)" not in result.stdout
