@@ -113,8 +113,7 @@ def search_plan(
     """
     config = config or CondenseConfig()
     check_methods(config)
-    refuse_condensed(model)
-    blocks = find_sparse_blocks(model)
+    blocks = _open_blocks(model)
     check_config(config, blocks)
     if not isinstance(calibration, Calibration):
         if tokenizer is None and needs_tokenizer(calibration) and model.name_or_path:
@@ -161,17 +160,31 @@ def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -
     """
     if not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
-    refuse_condensed(model)
-    blocks = find_sparse_blocks(model)
+    blocks = _open_blocks(model)
     plan.check_fits(model_shape(model, blocks))
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "Quantised weights can't be folded: condense the model first and quantise the saved checkpoint."
-        )
     parameters_before = model.num_parameters()
     specs = apply_layers(model, blocks, plan.layers)
     become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
     return model
+
+
+def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
+    """The sparse blocks of a loaded model whose weights can be read and computed with."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`model` should be a PreTrainedModel of transformers, but is a {type(model).__name__}; of a wrapped "
+            "model (PEFT, DDP), pass the model inside."
+        )
+    refuse_condensed(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("Quantised weights can't be condensed: condense first, save, and quantise when opening again.")
+    blocks = find_sparse_blocks(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "Some weights of the model are not in memory (offloaded by its device map, or on the meta device). Load it "
+            "whole, or pass the checkpoint and a plan to `condense_pretrained`, which reads only the kept experts."
+        )
+    return blocks
 
 
 def check_methods(config: CondenseConfig) -> None:

@@ -40,7 +40,7 @@ def is_ours(model_type: object) -> bool:
     base = model_type.removeprefix(MODEL_TYPE_PREFIX)
     if base == model_type:
         return model_type == DEEPSEEK and DEEPSEEK not in _MAPPING._mapping
-    return base in _MAPPING
+    return base in _MAPPING and not base.startswith(MODEL_TYPE_PREFIX)
 
 
 def register() -> None:

@@ -1,11 +1,145 @@
-"""Settings that every test shares."""
+"""Settings and helpers that several test files share."""
+
+from __future__ import annotations
 
 import os
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none should wait for it
 
+import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
+
+from cdmoe_plugin import CondensedLayer, CondensePlan, loading
+from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
+from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
+
+from .tiny_models import _randomize, tiny_config, tiny_model
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 logging.disable_progress_bar()
+
+
+def build(model_type: str, norm: bool | None = None, **overrides: Any) -> PreTrainedModel:
+    """A tiny model whose layers and experts differ in size, so that orders are no matter of course."""
+    overrides = {"num_experts": 6, **overrides} | ({} if norm is None else {"norm_topk_prob": norm})
+    if model_type == "deepseek":
+        like = tiny_config("dots1", **overrides).to_dict()
+        config = AutoConfig.for_model("deepseek", **{name: like[name] for name in like if name != "model_type"})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        _randomize(model, seed=3)
+    else:
+        model = tiny_model(model_type, seed=3, **overrides)
+    for index, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            sizes = torch.linspace(0.7, 1.3, len(layer.mlp.experts.down_proj)).roll(index)[:, None, None]
+            layer.mlp.experts.down_proj.data *= sizes * (0.7 if index == 1 + len(model_type) % 3 else 1.5)
+    return model
+
+
+@dataclass
+class Record:
+    """What the searches saw and gave."""
+
+    gates: dict[int, Tensor]
+    experts: dict[int, Any]
+    layers: list[Any]
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """Everything that passes through the registered greedy functions."""
+    kept = Record({}, {}, [])
+    by_expert, by_layer = EXPERT_SELECTIONS["greedy"], LAYER_SELECTIONS["greedy"]
+
+    def spy_experts(data: Any, num_experts: int) -> Any:
+        kept.gates[data.block.layer] = data.gates
+        kept.experts[data.block.layer] = by_expert(data, num_experts)
+        return kept.experts[data.block.layer]
+
+    def spy_layers(data: Any, num_layers: int) -> Any:
+        kept.layers.append(by_layer(data, num_layers))
+        return kept.layers[-1]
+
+    monkeypatch.setitem(EXPERT_SELECTIONS, "greedy", spy_experts)
+    monkeypatch.setitem(LAYER_SELECTIONS, "greedy", spy_layers)
+    return kept
+
+
+# --- models, plans and checkpoints ---
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not bitwise equal, or not on both sides."""
+    both = [k for k in one if k in other and one[k].dtype == other[k].dtype and torch.equal(one[k], other[k])]
+    return sorted((one.keys() | other.keys()) - set(both))
+
+
+def some_plan(layers: list[int], num_experts: int = 8) -> CondensePlan:
+    rng = random.Random(0)
+    rows = [(layer, rng.sample(range(num_experts), 3)) for layer in layers]
+    return CondensePlan([CondensedLayer(i, experts, [rng.uniform(-1, 1) for _ in experts]) for i, experts in rows])
+
+
+def keys_on_disk(folder: Path) -> set[str]:
+    return {key for file in folder.glob("*.safetensors") for key in safe_open(file, "pt").keys()}  # noqa: SIM118
+
+
+Reads = list[tuple[str, Any, list[int]]]  # names of tensors, which rows of them, and their shapes
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """What the package reads from safetensors files."""
+    log: Reads = []
+
+    class Watched:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = safe_open(*args, **kwargs)
+
+        def keys(self) -> list[str]:
+            return self.file.keys()
+
+        def get_slice(self, key: str) -> Any:
+            part = self.file.get_slice(key)
+
+            class Slice:
+                get_shape, get_dtype = part.get_shape, part.get_dtype
+
+                def __getitem__(self, index: Any) -> Tensor:
+                    log.append((key, index, part.get_shape()))
+                    return part[index]
+
+            return Slice()
+
+    monkeypatch.setattr(loading, "safe_open", Watched)
+    return log
+
+
+def in_layer(key: str, layer: int) -> bool:
+    return re.search(rf"(layers|blocks)\.{layer}\.", key) is not None
+
+
+def experts_read(reads: Reads, layer: int) -> list[int]:
+    """Which of a layer's 8 routed experts have been read, once per tensor."""
+    found = []
+    for key, index, shape in reads:
+        is_expert = re.search(r"\.experts\.|block_sparse_moe\.(in|out)put_linear", key) and len(shape) > 1
+        if not is_expert or not in_layer(key, layer):
+            continue
+        own = re.search(r"\.experts\.(\d+)\.", key)
+        rows = list(range(shape[0])[index]) if isinstance(index, slice) else list(range(shape[0]))
+        found += [int(own[1])] if own else sorted({row // (shape[0] // 8) for row in rows})
+    return found

@@ -1,7 +1,7 @@
 """What CD-MoE computes, written a second time: float64, one sequence after the other, whole forward passes.
 
-Nothing here comes from the package, and nothing is clever: a candidate is tried by putting a module that adds the shared
-expert and the gated experts one by one in the place of the sparse block, and by running the whole model again.
+Nothing here comes from the package, and nothing is clever: a candidate is tried by putting a module that adds the
+shared expert and the gated experts one by one in the place of the sparse block, and by running the whole model again.
 """
 
 from __future__ import annotations
@@ -10,34 +10,26 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 Ids = Sequence[int]
 Choice = tuple[Sequence[int], Sequence[float]]  # experts and their gates
-Distance = Callable[[list[Tensor], list[Tensor]], float]
+Act = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How one model type routes, and where its shared expert is."""
-
-    scores: str  # "softmax" or "sigmoid"
-    normalises: Callable[[Any], bool]  # does the sum of a token's weights become 1
-    scale: Callable[[Any], float] = lambda config: 1.0
-    shared: str | None = None
-    shared_gate: str | None = None
-
-
-KINDS = {
-    "qwen2_moe": Kind("softmax", lambda c: c.norm_topk_prob, shared="shared_expert", shared_gate="shared_expert_gate"),
-    "deepseek": Kind("softmax", lambda c: c.norm_topk_prob, shared="shared_experts"),
-    "deepseek_v3": Kind("sigmoid", lambda c: c.norm_topk_prob, lambda c: c.routed_scaling_factor, "shared_experts"),
-    "mixtral": Kind("softmax", lambda c: True),
-    "laguna": Kind("sigmoid", lambda c: True, lambda c: c.moe_routed_scaling_factor, "shared_experts"),
+# How a model type routes: scores, does the sum of a token's weights become 1, factor.
+ROUTING: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], float]]] = {
+    "qwen2_moe": ("softmax", lambda c: c.norm_topk_prob, lambda c: 1.0),
+    "deepseek": ("softmax", lambda c: c.norm_topk_prob, lambda c: 1.0),
+    "deepseek_v3": ("sigmoid", lambda c: c.norm_topk_prob, lambda c: c.routed_scaling_factor),
+    "mixtral": ("softmax", lambda c: True, lambda c: 1.0),
+    "laguna": ("sigmoid", lambda c: True, lambda c: c.moe_routed_scaling_factor),
 }
 
 
@@ -48,9 +40,6 @@ class Search:
     order: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     steps: list[dict[int, float]] = field(default_factory=list)
-
-
-# --- distances ---
 
 
 def naive_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -72,14 +61,55 @@ NAIVE_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def distance(metric: str) -> Distance:
+def distance(metric: str, targets: list[Tensor], candidates: list[Tensor]) -> float:
     """Mean over sequences of the mean over their tokens."""
+    per_token = [NAIVE_METRICS[metric](t, c) for t, c in zip(targets, candidates, strict=True)]
+    return sum(float(tokens.sum()) / len(tokens) for tokens in per_token) / len(per_token)
 
-    def mean(targets: list[Tensor], candidates: list[Tensor]) -> float:
-        per_token = [NAIVE_METRICS[metric](t, c) for t, c in zip(targets, candidates, strict=True)]
-        return sum(float(tokens.sum()) / len(tokens) for tokens in per_token) / len(per_token)
 
-    return mean
+# --- one layer ---
+
+
+def naive_expert(block: nn.Module, expert: int, x: Tensor, act: Act = functional.silu) -> Tensor:
+    """`E_i(x)` from the raw weights, which a few architectures stack in their own way."""
+    experts = block.experts
+    if hasattr(experts, "mlp"):  # dbrx: one on top of the other
+        width = experts.mlp.w1.shape[0] // experts.num_experts
+        gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
+        return (act(x @ gate.T) * (x @ up.T)) @ down
+    gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria: transposed
+        gate_up, down = gate_up.T, down.T
+    width = len(gate_up) // 2
+    return (act(x @ gate_up[:width].T) * (x @ gate_up[width:].T)) @ down.T
+
+
+def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, act: Act = functional.silu) -> Tensor:
+    """`[sigmoid(w·x)] S(x)`, 0 without a shared expert; granite's decoder layer owns it, not the block."""
+    names = ("shared_expert", "shared_experts", "shared_mlp")
+    shared = next((m for h in (block, owner) for n in names if (m := getattr(h, n, None)) is not None), None)
+    if shared is None:
+        return torch.zeros_like(x)
+    if hasattr(shared, "input_linear"):
+        gate, up = shared.input_linear(x).chunk(2, -1)
+        return shared.output_linear(act(gate) * up)
+    y = shared.down_proj(act(shared.gate_proj(x)) * shared.up_proj(x))
+    return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
+
+
+class NaiveCondensed(nn.Module):
+    """`shared + sum g_i E_i` for every token."""
+
+    def __init__(self, block: nn.Module, owner: nn.Module, choice: Choice, act: Act = functional.silu) -> None:
+        super().__init__()
+        self.parts = (block, owner, choice, act)  # in a tuple they are no submodules
+
+    def forward(self, x: Tensor) -> Tensor:
+        block, owner, choice, act = self.parts
+        y = naive_shared(block, owner, x, act)
+        for expert, gate in zip(*choice, strict=True):
+            y = y + gate * naive_expert(block, expert, x, act)
+        return y
 
 
 # --- the model ---
@@ -92,55 +122,12 @@ def naive_double(model: PreTrainedModel) -> PreTrainedModel:
     return double
 
 
-def kind_of(model: PreTrainedModel) -> Kind:
-    return KINDS[model.config.model_type]
-
-
-def sparse_layers(model: PreTrainedModel) -> list[int]:
-    return [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
-
-
-def naive_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    g = x @ gate.T
-    return (g * torch.sigmoid(g) * (x @ up.T)) @ down.T
-
-
-def naive_expert(block: nn.Module, expert: int, x: Tensor) -> Tensor:
-    gate_up, down = block.experts.gate_up_proj[expert], block.experts.down_proj[expert]
-    width = len(gate_up) // 2
-    return naive_mlp(x, gate_up[:width], gate_up[width:], down)
-
-
-def naive_shared(block: nn.Module, kind: Kind, x: Tensor) -> Tensor:
-    if kind.shared is None:
-        return torch.zeros_like(x)
-    shared = getattr(block, kind.shared)
-    y = naive_mlp(x, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-    if kind.shared_gate is not None:
-        y = y * torch.sigmoid(x @ getattr(block, kind.shared_gate).weight.T)
-    return y
-
-
-class NaiveCondensed(nn.Module):
-    """`shared + sum g_i E_i` for every token."""
-
-    def __init__(self, block: nn.Module, kind: Kind, choice: Choice) -> None:
-        super().__init__()
-        self.block, self.kind, self.choice = block, kind, choice
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = naive_shared(self.block, self.kind, x)
-        for expert, gate in zip(*self.choice, strict=True):
-            y = y + gate * naive_expert(self.block, expert, x)
-        return y
-
-
 @contextmanager
 def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[None]:
     """The model with some sparse blocks replaced, for a while."""
     blocks = {layer: model.model.layers[layer].mlp for layer in choices}
     for layer, choice in choices.items():
-        model.model.layers[layer].mlp = NaiveCondensed(blocks[layer], kind_of(model), choice)
+        model.model.layers[layer].mlp = NaiveCondensed(blocks[layer], model.model.layers[layer], choice)
     try:
         yield
     finally:
@@ -149,17 +136,19 @@ def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[No
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> list[Tensor]:
-    """Per sequence `[T, H]`: the output of a decoder layer, the "hidden" state after the final norm, or the "logits"."""
-    module = {"hidden": model.model.norm, "logits": model.lm_head}.get(what) or model.model.layers[what]
+def watch(model: PreTrainedModel, sequences: Sequence[Ids], module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What one module is given and gives, `[T, H]` each, for every sequence on its own."""
     seen = []
-    hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    try:
+    with module.register_forward_hook(lambda _module, args, output: seen.append((args[0], output))):
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    finally:
-        hook.remove()
-    return [(output[0] if isinstance(output, tuple) else output)[0] for output in seen]
+    return [(given[0], output[0][0] if isinstance(output, tuple) else output[0]) for given, output in seen]
+
+
+def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> list[Tensor]:
+    """Per sequence `[T, H]`: a decoder layer's output, the "hidden" state after the final norm, or the "logits"."""
+    module = {"hidden": model.model.norm, "logits": model.lm_head}.get(what) or model.model.layers[what]
+    return [output for _, output in watch(model, sequences, module)]
 
 
 def naive_condensed_forward(
@@ -174,10 +163,10 @@ def naive_condensed_forward(
 # --- routing and gates ---
 
 
-def naive_route(config: Any, router: nn.Module, kind: Kind, x: Tensor) -> dict[int, float]:
+def naive_route(config: Any, router: nn.Module, x: Tensor) -> dict[int, float]:
     """The experts that one token is sent to, and what their outputs are multiplied with."""
-    logits = router.weight.double() @ x.double()
-    scores = (torch.sigmoid(logits) if kind.scores == "sigmoid" else torch.softmax(logits, 0)).tolist()
+    (function, normalises, scale), logits = ROUTING[config.model_type], router.weight @ x
+    scores = (torch.sigmoid(logits) if function == "sigmoid" else torch.softmax(logits, 0)).tolist()
     bias = getattr(router, "e_score_correction_bias", None)
     choice = scores if bias is None else [score + b for score, b in zip(scores, bias.tolist(), strict=True)]
     allowed = list(range(len(scores)))
@@ -187,8 +176,8 @@ def naive_route(config: Any, router: nn.Module, kind: Kind, x: Tensor) -> dict[i
         groups.sort(key=lambda group: -sum(sorted((choice[e] for e in group), reverse=True)[:2]))
         allowed = [e for group in groups[: config.topk_group] for e in group]
     best = sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok]
-    total = sum(scores[e] for e in best) if kind.normalises(config) else 1.0
-    return {e: kind.scale(config) * scores[e] / total for e in best}
+    total = sum(scores[e] for e in best) if normalises(config) else 1.0
+    return {e: scale(config) * scores[e] / total for e in best}
 
 
 @torch.no_grad()
@@ -197,24 +186,20 @@ def naive_gates(model: PreTrainedModel, sequences: Sequence[Ids]) -> dict[int, d
 
     The weights are those of `naive_route`; that these make the block's own output is asserted on the way.
     """
-    double, kind = naive_double(model), kind_of(model)
+    double = naive_double(model)
     gates = {}
-    for layer in sparse_layers(double):
-        block = double.model.layers[layer].mlp
-        seen = []
-        hook = block.register_forward_hook(lambda _module, args, output, seen=seen: seen.append((args[0], output)))
-        run(double, sequences, "hidden")
-        hook.remove()
+    for index, layer in enumerate(double.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            continue
         collected: dict[int, list[float]] = {}
-        for inputs, outputs in seen:
-            for x, y in zip(inputs[0], outputs[0], strict=True):
-                weights = naive_route(model.config, block.gate, kind, x)
-                again = naive_shared(block, kind, x[None])[0]
+        for inputs, outputs in watch(double, sequences, layer.mlp):
+            for x, y in zip(inputs, outputs, strict=True):
+                weights = naive_route(model.config, layer.mlp.gate, x)
                 for expert, weight in weights.items():
-                    again = again + weight * naive_expert(block, expert, x[None])[0]
                     collected.setdefault(expert, []).append(weight)
+                again = NaiveCondensed(layer.mlp, layer, (list(weights), list(weights.values())))(x)
                 torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-6)
-        gates[layer] = {e: sum(values) / len(values) for e, values in sorted(collected.items())}
+        gates[index] = {e: sum(values) / len(values) for e, values in sorted(collected.items())}
     return gates
 
 
@@ -232,39 +217,31 @@ def greedy(candidates: Sequence[int], number: int, score: Callable[[list[int]], 
     return search
 
 
-def naive_expert_search(
-    model: PreTrainedModel, sequences: Sequence[Ids], num_experts: int, metric: str = "js"
-) -> dict[int, Search]:
+def naive_expert_search(model: PreTrainedModel, sequences: Sequence[Ids], num: int, metric: str) -> dict[int, Search]:
     """Algorithm 1 for every sparse layer on its own; `scores` starts with the shared expert alone."""
-    double, gates, measure = naive_double(model), naive_gates(model, sequences), distance(metric)
-    found = {}
-    for layer, layer_gates in gates.items():
+    double, found = naive_double(model), {}
+
+    def score(layer: int, gates: dict[int, float], what: int | str, target: list[Tensor], experts: list[int]) -> float:
+        with condensed(double, {layer: (experts, [gates[e] for e in experts])}):
+            return distance(metric, target, run(double, sequences, what))
+
+    for layer, gates in naive_gates(model, sequences).items():
         what = "hidden" if layer == len(double.model.layers) - 1 else layer
-        target = run(double, sequences, what)
-
-        def score(experts: list[int], layer: int = layer, what: Any = what, target: list[Tensor] = target) -> float:
-            with condensed(double, {layer: (experts, [gates[layer][e] for e in experts])}):
-                return measure(target, run(double, sequences, what))
-
-        found[layer] = greedy(list(layer_gates), num_experts, score)
-        found[layer].scores.insert(0, score([]))
+        with_experts = partial(score, layer, gates, what, run(double, sequences, what))
+        found[layer] = greedy(list(gates), num, with_experts)
+        found[layer].scores.insert(0, with_experts([]))
     return found
 
 
 def naive_layer_search(
-    model: PreTrainedModel,
-    sequences: Sequence[Ids],
-    choices: dict[int, Choice],
-    num_layers: int,
-    metric: str = "js",
-    compare: str = "hidden",
+    model: PreTrainedModel, sequences: Sequence[Ids], choices: dict[int, Choice], num: int, metric: str, compare: str
 ) -> Search:
-    """Algorithm 2 over the layers of `choices`."""
-    double, measure = naive_double(model), distance(metric)
+    """Algorithm 2: `num` of the layers of `choices`."""
+    double = naive_double(model)
     target = run(double, sequences, compare)
 
     def score(layers: list[int]) -> float:
         with condensed(double, {layer: choices[layer] for layer in layers}):
-            return measure(target, run(double, sequences, compare))
+            return distance(metric, target, run(double, sequences, compare))
 
-    return greedy(list(choices), num_layers, score)
+    return greedy(list(choices), num, score)

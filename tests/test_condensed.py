@@ -1,18 +1,18 @@
-"""Condensed layers and models: what they compute, what is on disk, what is read from disk, how they generate and train."""
+"""Condensed layers and models: what they compute, save and read, and how they generate and train."""
 
 from __future__ import annotations
 
+import copy
 import json
-import random
 import re
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -20,20 +20,18 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 
 from cdmoe_plugin import (
     CondenseConfig,
-    CondensedLayer,
     CondensePlan,
     apply_plan,
     condense_pretrained,
     condensed_module_names,
-    loading,
     search_plan,
     unfreeze_condensed,
 )
 from cdmoe_plugin.condensed import fold
-from cdmoe_plugin.sparse import SparseBlock, find_sparse_blocks
+from cdmoe_plugin.sparse import find_sparse_blocks
 
-from . import naive
-from .test_search import build
+from .conftest import Reads, build, differing, experts_read, in_layer, keys_on_disk, some_plan, state
+from .naive import NaiveCondensed
 from .tiny_models import ARCHITECTURES, available, random_ids, tiny_inputs, tiny_model
 
 TYPES = [name for name in ARCHITECTURES if available(name)]
@@ -49,81 +47,35 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 IDS = random_ids(3, 9)
 
 
-def state(model: PreTrainedModel) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
-    )
-
-
 @torch.no_grad()
-def output(model: PreTrainedModel, ids: list[list[int]] = IDS) -> Tensor:
+def output(model: PreTrainedModel) -> Tensor:
     """Logits (hidden states without a head) of all tokens that are no padding."""
-    inputs = tiny_inputs(model, ids)
+    inputs = tiny_inputs(model, IDS)
     result = model(**inputs)
     return (result.logits if "logits" in result else result.last_hidden_state)[inputs["attention_mask"].bool()]
 
 
-def random_plan(layers: list[int], num_experts: int = 8, kept: int = 3) -> CondensePlan:
-    rng = random.Random(0)
-    rows = [(layer, rng.sample(range(num_experts), kept)) for layer in layers]
-    return CondensePlan([CondensedLayer(i, experts, [rng.uniform(-1, 1) for _ in experts]) for i, experts in rows])
-
-
 # --- one layer ---
-
-
-def naive_block(model: PreTrainedModel, block: SparseBlock, experts: list[int], gates: list[float], x: Tensor) -> Tensor:
-    """`[sigmoid] shared + sum g_i E_i` in float64 from the raw weights, which every architecture keeps in its own way."""
-    act = getattr(functional, getattr(model.config, "hidden_act", None) or "silu")
-    owner = model.base_model.get_submodule(block.path.rpartition(".")[0])
-    places = [(holder, name) for holder in (block.module, owner) for name in ("shared_expert", "shared_experts", "shared_mlp")]
-    shared = next((getattr(*place) for place in places if getattr(*place, None) is not None), None)
-    y = torch.zeros_like(x)
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight.double(), None if bias is None else bias.double())
-
-    if shared is not None and hasattr(shared, "input_linear"):
-        gate, up = linear(x, shared.input_linear.weight).chunk(2, -1)
-        y = linear(act(gate) * up, shared.output_linear.weight)
-    elif shared is not None:
-        gate, up = (linear(x, p.weight, p.bias) for p in (shared.gate_proj, shared.up_proj))
-        y = linear(act(gate) * up, shared.down_proj.weight, shared.down_proj.bias)
-    if hasattr(block.module, "shared_expert_gate"):
-        y = y * torch.sigmoid(linear(x, block.module.shared_expert_gate.weight))
-    for expert, factor in zip(experts, gates, strict=True):
-        if model.config.model_type == "dbrx":
-            rows = slice(16 * expert, 16 * expert + 16)
-            gate, up, down = (getattr(block.experts.mlp, name)[rows] for name in ("w1", "v1", "w2"))
-            gate, up, down = linear(x, gate), linear(x, up), down.T
-        else:
-            gate_up, down = block.experts.gate_up_proj[expert], block.experts.down_proj[expert]
-            if model.config.model_type == "aria_text":
-                gate_up, down = gate_up.T, down.T
-            gate, up = linear(x, gate_up).chunk(2, -1)
-        y = y + factor * linear(act(gate) * up, down)
-    return y
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in TYPES), *VARIANTS])
 @torch.no_grad()
 def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
     model = tiny_model(model_type, **overrides)
+    double = copy.deepcopy(model).double().base_model
+    act = getattr(functional, getattr(model.config, "hidden_act", None) or "silu")
     blocks = find_sparse_blocks(model)
     assert [block.layer for block in blocks] == list(ARCHITECTURES[model_type].sparse_layers)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, 32, generator=generator)
     for block in (blocks[0], blocks[-1]):
+        raw, owner = double.get_submodule(block.path), double.get_submodule(block.path.rpartition(".")[0])
         for kept in ([], [5], [3, 0, 7, 1, 2, 6, 4, 5]):
             gates = torch.randn(len(kept), generator=generator).tolist()
-            expected = naive_block(model, block, kept, gates, x.double())
+            expected = NaiveCondensed(raw, owner, (kept, gates), act)(x.double())
             mlp = fold(block, kept, gates)
             assert mlp.gate_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
-            torch.testing.assert_close(mlp(x).double(), expected, rtol=1e-5, atol=1e-6 + 1e-6 * float(expected.abs().max()))
+            assert (mlp(x) - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def test_fold_rounds_once() -> None:
@@ -144,23 +96,22 @@ def test_fold_rounds_once() -> None:
 @cache
 def uniform(model_type: str) -> tuple[PreTrainedModel, CondensePlan, Tensor]:
     """A model whose routers give every expert the same constant weight, all condensed; its plan; its output before."""
-    sparse = ARCHITECTURES[model_type].sparse_layers
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
     model = tiny_model(model_type, num_experts=count, top_k=count)
     for block in find_sparse_blocks(model):
-        for name, tensor in state(block.module).items():
+        for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
     before = output(model)
-    plan = search_plan(model, CondenseConfig(len(sparse), count, batch_size=2), calibration=IDS)
+    config = CondenseConfig(len(ARCHITECTURES[model_type].sparse_layers), count, batch_size=2)
+    plan = search_plan(model, config, calibration=IDS)
     return apply_plan(model, plan), plan, before
 
 
 @pytest.mark.parametrize("model_type", SEARCHABLE)
 def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
     model, plan, before = uniform(model_type)
-    after = output(model)
-    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    assert (output(model) - before).abs().max() < 1e-5 * before.abs().max()
     for row in plan.layers:
         assert abs(row.score) < 1e-7
         assert abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0]
@@ -172,20 +123,144 @@ def test_save_and_open(model_type: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     arch = ARCHITECTURES[model_type]
     auto = AutoModelForCausalLM if arch.causal_lm else AutoModel
-    again = (auto if arch.config_class in auto._model_mapping else type(model)).from_pretrained(tmp_path)
+    opener = auto if arch.config_class in auto._model_mapping else type(model)
+    again = opener.from_pretrained(tmp_path)
     assert type(again) is type(model)
-    assert type(again).__name__ == "CDMoE" + arch.model
-    assert equal(state(again), state(model))
+    assert type(again).__name__ == f"CDMoE{arch.model}"
+    assert not differing(state(again), state(model))
     assert torch.equal(output(again), output(model))
     assert again.condense_plan == CondensePlan.load(tmp_path) == plan
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("model_type", FROM_DISK)
+def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads) -> None:
+    model = build("deepseek", num_experts=8) if model_type == "deepseek" else tiny_model(model_type)
+    model.save_pretrained(tmp_path / "sparse", max_shard_size="30KB")
+    sparse = [block.layer for block in find_sparse_blocks(model)]
+    plan = some_plan(sparse[:0:-1])
+    expected = apply_plan(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"), plan)
+    found = condense_pretrained(tmp_path / "sparse", plan=plan)
+    assert type(found) is type(expected)
+    assert not differing(state(found), state(expected))
+    for row in plan.layers:
+        read = experts_read(reads, row.layer)
+        assert sorted(set(read)) == sorted(row.experts)
+        assert len(read) in (2 * 3, 3 * 3)  # two or three tensors each
+    found.save_pretrained(tmp_path / "condensed")
+    before, after = (keys_on_disk(tmp_path / name) for name in ("sparse", "condensed"))
+    for row in plan.layers:
+        new = {key for key in after - before if in_layer(key, row.layer)}
+        place = min(new).removesuffix(".down_proj.weight")
+        assert new == {f"{place}.{name}_proj.weight" for name in ("gate", "up", "down")}
+        gone = {key for key in before - after if in_layer(key, row.layer)}
+        assert all(key.startswith(f"{place}.") or re.search(r"\.shared_mlp\.|\.moe\.router\.", key) for key in gone)
+        assert {key for key in after if key.startswith(f"{place}.")} - new <= {f"{place}.shared_expert_gate.weight"}
+    assert not {key for key in before ^ after if not any(in_layer(key, layer) for layer in sparse[1:])}
+
+
+@pytest.mark.parametrize("kwargs", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}])
+def test_loading_options(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    found = condense_pretrained(tmp_path, plan=some_plan([1, 3]), **kwargs)
+    expected = apply_plan(AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs), some_plan([1, 3]))
+    assert not differing(state(found), state(expected))
+    assert found.dtype == kwargs.get("dtype", torch.float32)
+
+
+@pytest.mark.parametrize("lost", ["layers.2.mlp.experts", "layers.2.mlp.shared_expert.", "layers.1.self_attn.q_proj"])
+def test_a_checkpoint_with_missing_weights_is_refused(lost: str, tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks"):
+        condense_pretrained(tmp_path, plan=some_plan([2]))
+
+
+# --- generation and training ---
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek"])
+def test_left_padded_generation(model_type: str, use_cache: bool) -> None:
+    model = apply_plan(build(model_type, num_experts=8), some_plan([1, 3]))
+    prompts = random_ids(3, 6)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **options)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = model.generate(torch.tensor([prompt]), **options)
+        assert torch.equal(row[width:], alone[0, len(prompt) :])
+        greedy = [*prompt]
+        for _ in range(8):
+            logits = model(torch.tensor([greedy]), use_cache=False).logits[0, -1]
+            logits[2] = -torch.inf  # no end before its time
+            greedy.append(int(logits.argmax()))
+        assert row[width:].tolist() == greedy[len(prompt) :]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "mixtral", "granitemoe"])
+def test_no_router_no_router_loss(model_type: str, tmp_path: Path) -> None:
+    model = build(model_type, num_experts=8) if model_type == "deepseek" else tiny_model(model_type)
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.01
+    model.router_aux_loss_coef = 0.01
+    ids = torch.tensor(IDS[:1])
+    assert model(ids, labels=ids).aux_loss is not None
+    apply_plan(model, some_plan([block.layer for block in find_sparse_blocks(model)]))
+    model.save_pretrained(tmp_path)
     on_disk = json.loads((tmp_path / "config.json").read_text())
-    for holder in (model.config, again.config):  # what TRL asks
-        assert not (hasattr(holder, "output_router_logits") and getattr(holder, "router_aux_loss_coef", 0.0) != 0.0)
-        assert not getattr(holder, "output_router_logits", False)
-    assert not on_disk.get("output_router_logits")
-    assert not on_disk.get("router_aux_loss_coef")
-    assert not on_disk.get("aux_loss_alpha")
-    if arch.causal_lm:
-        ids = torch.tensor(IDS[:1])
-        logits = again(ids).logits[0, :-1].float()
-        assert again(ids, labels=ids).loss.item() == pytest.approx(functional.cross_entropy(logits, ids[0, 1:]).item(), 1e-5)
+    assert on_disk["output_router_logits"] is False
+    assert on_disk.get("router_aux_loss_coef", on_disk.get("aux_loss_alpha")) == 0.0
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert hasattr(one.config, "output_router_logits")  # with the next line, what TRL asks
+        assert one.config.router_aux_loss_coef == one.router_aux_loss_coef == 0.0
+        found = one.train()(ids, labels=ids)
+        assert found.loss.item() == pytest.approx(
+            functional.cross_entropy(found.logits[0, :-1], ids[0, 1:]).item(), 1e-5
+        )
+
+
+def test_router_loss_of_the_routers_that_are_left() -> None:
+    model = apply_plan(tiny_model("qwen2_moe", output_router_logits=True, router_aux_loss_coef=0.5), some_plan([1, 3]))
+    ids = torch.tensor(IDS[:1])
+    found = model.train()(ids, labels=ids)
+    assert [tuple(logits.shape) for logits in found.router_logits] == [(9, 8)]
+    aux_loss = load_balancing_loss_func(found.router_logits, num_experts=8, top_k=2)
+    plain = functional.cross_entropy(found.logits[0, :-1], ids[0, 1:])
+    assert torch.isfinite(found.loss)
+    torch.testing.assert_close(found.loss, plain + 0.5 * aux_loss)
+    found.loss.backward()
+
+
+def train(model: torch.nn.Module, steps: int) -> list[str]:
+    """Names of the tensors that training changes."""
+    before, ids = state(model), torch.tensor(IDS[:1])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return differing(before, state(model))
+
+
+def test_only_condensed_layers_learn() -> None:
+    model = apply_plan(tiny_model("qwen2_moe", attention_dropout=0.1), some_plan([3, 1])).train()
+    parts = ("gate_proj", "up_proj", "down_proj", "shared_expert_gate")
+    expected = sorted(f"model.layers.{layer}.mlp.{part}.weight" for layer in (1, 3) for part in parts)
+    assert sorted(unfreeze_condensed(model)) == expected
+    assert sorted(name for name, p in model.named_parameters() if p.requires_grad) == expected
+    assert train(model, steps=1) == expected
+
+
+def test_adapters_on_condensed_layers() -> None:
+    model = apply_plan(tiny_model("qwen2_moe", num_layers=12), some_plan([1, 10]))
+    names = condensed_module_names(model)
+    assert names == [f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 10) for part in ("gate", "up", "down")]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
+    changed = train(adapted.train(), steps=2)
+    weights = ("lora_A.default.weight", "lora_B.default.weight")
+    assert changed == sorted(f"base_model.model.{name}.{weight}" for name in names for weight in weights)

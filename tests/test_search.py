@@ -4,74 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
+from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
 from cdmoe_plugin.divergence import METRICS
 from cdmoe_plugin.selection import experts as expert_room
-from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
-from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
 
 from . import naive
-from .tiny_models import _randomize, random_ids, tiny_config, tiny_model
+from .conftest import Record, build
+from .tiny_models import random_ids
 
 CASES = [("mixtral", None), ("laguna", None)]
 CASES += [(name, norm) for name in ("qwen2_moe", "deepseek", "deepseek_v3") for norm in (False, True)]
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
 SEARCH = CondenseConfig(num_layers=3, num_experts=3, batch_size=3)
-
-
-def build(model_type: str, norm: bool | None = None, **overrides: Any) -> PreTrainedModel:
-    """A tiny model whose layers and experts differ in size, so that orders are no matter of course."""
-    overrides = {"num_experts": 6, **overrides} | ({} if norm is None else {"norm_topk_prob": norm})
-    if model_type == "deepseek":
-        like = tiny_config("dots1", **overrides).to_dict()
-        config = AutoConfig.for_model("deepseek", **{name: like[name] for name in like if name != "model_type"})
-        model = AutoModelForCausalLM.from_config(config).eval()
-        _randomize(model, seed=3)
-    else:
-        model = tiny_model(model_type, seed=3, **overrides)
-    for index, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "experts"):
-            sizes = torch.linspace(0.7, 1.3, len(layer.mlp.experts.down_proj)).roll(index)[:, None, None]
-            layer.mlp.experts.down_proj.data *= sizes * (0.7 if index == 1 + len(model_type) % 3 else 1.5)
-    return model
-
-
-@dataclass
-class Record:
-    """What the searches saw and gave."""
-
-    gates: dict[int, torch.Tensor]
-    experts: dict[int, Any]
-    layers: list[Any]
-
-
-@pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> Record:
-    """Everything that passes through the registered greedy functions."""
-    kept = Record({}, {}, [])
-    by_expert, by_layer = EXPERT_SELECTIONS["greedy"], LAYER_SELECTIONS["greedy"]
-
-    def spy_experts(data: Any, num_experts: int) -> Any:
-        kept.gates[data.block.layer] = data.gates
-        kept.experts[data.block.layer] = by_expert(data, num_experts)
-        return kept.experts[data.block.layer]
-
-    def spy_layers(data: Any, num_layers: int) -> Any:
-        kept.layers.append(by_layer(data, num_layers))
-        return kept.layers[-1]
-
-    monkeypatch.setitem(EXPERT_SELECTIONS, "greedy", spy_experts)
-    monkeypatch.setitem(LAYER_SELECTIONS, "greedy", spy_layers)
-    return kept
 
 
 @cache
@@ -114,8 +66,15 @@ def check(plan: CondensePlan, record: Record, *case: Any) -> None:
 @pytest.mark.parametrize(("model_type", "norm"), CASES)
 def test_search_is_the_naive_one(model_type: str, norm: bool | None, batch_size: int, record: Record) -> None:
     config = replace(SEARCH, batch_size=batch_size)
-    plan = search_plan(build(model_type, norm), config, calibration=SEQUENCES)
+    model = build(model_type, norm)
+    plan = search_plan(model, config, calibration=SEQUENCES)
     check(plan, record, model_type, norm, "js", "hidden")
+    expected = naive.naive_condensed_forward(
+        model, SEQUENCES, {row.layer: (row.experts, row.gates) for row in plan.layers}
+    )
+    apply_plan(model, plan)
+    for ids, logits in zip(SEQUENCES, expected, strict=True):
+        torch.testing.assert_close(model(torch.tensor([ids])).logits[0].double(), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("metric", "compare"), [("js", "logits"), ("kl", "hidden"), ("mse", "logits")])

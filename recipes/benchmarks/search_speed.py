@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import cdmoe_plugin  # noqa: F401  (makes AutoConfig know "deepseek")
-from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
+from cdmoe_plugin import CondenseConfig, search_plan
 from cdmoe_plugin.condensed import fold, standing_in
 from cdmoe_plugin.divergence import js_divergence
 from cdmoe_plugin.report import format_table
@@ -66,12 +66,19 @@ def build_model(args: argparse.Namespace) -> Any:
 class NaiveSearch:
     """One forward pass of the whole model per candidate."""
 
-    def __init__(self, model: Any, ids: torch.Tensor, plan: CondensePlan) -> None:
+    def __init__(self, model: Any, ids: torch.Tensor) -> None:
         self.model = model
         self.ids = ids
-        self.gates = {layer.layer: dict(zip(layer.experts, layer.gates, strict=True)) for layer in plan.layers}
         self.blocks = {block.layer: block for block in find_sparse_blocks(model)}
-        self.reference = self.hidden_states()
+        with ExitStack() as stack:
+            routes = {i: stack.enter_context(block.recording_routes()) for i, block in self.blocks.items()}
+            self.reference = self.hidden_states()
+        self.gates = {i: self.mean_gates(*routes[i][0], block.num_experts) for i, block in self.blocks.items()}
+
+    @staticmethod
+    def mean_gates(experts: torch.Tensor, weights: torch.Tensor, number: int) -> dict[int, float]:
+        chosen = {e: weights[experts == e] for e in range(number)}
+        return {e: float(gates.double().mean()) for e, gates in chosen.items() if len(gates)}
 
     @torch.no_grad()
     def hidden_states(self) -> tuple[torch.Tensor, ...]:
@@ -117,12 +124,11 @@ def main() -> None:
     ids = torch.randint(1, 1024, (args.tokens // args.length, args.length), generator=torch.Generator().manual_seed(0))
     sparse = [block.layer for block in find_sparse_blocks(model)]
     options = {"batch_size": len(ids), "num_samples": len(ids), "max_length": args.length}
-    every = CondenseConfig(layers=sparse, num_experts=args.experts, **options)
     config = CondenseConfig(layers=sparse, num_experts=args.kept, **options)
     both = CondenseConfig(num_layers=args.condensed, num_experts=args.kept, **options)
 
-    gates = search_plan(model, every, calibration=ids)  # all gates, and a warm-up
-    naive = NaiveSearch(model, ids.to(args.device), gates)
+    naive = NaiveSearch(model, ids.to(args.device))
+    search_plan(model, CondenseConfig(layers=sparse[:1], num_experts=1, **options), calibration=ids)  # warm-up
     fast, fast_experts = timed(lambda: search_plan(model, config, calibration=ids))
     experts = {layer.layer: layer.experts for layer in fast.layers}
     whole, fast_both = timed(lambda: search_plan(model, both, calibration=ids))
