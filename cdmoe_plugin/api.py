@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import Calibration, load_calibration, needs_tokenizer
-from .condensed import apply_layers, become_condensed, fold, refuse_condensed, standing_in
+from .condensed import apply_layers, become_condensed, refuse_condensed
 from .config import CondenseConfig
-from .divergence import METRICS
-from .layerwise import LayerRecorder, LayerStream, State, searching
+from .layerwise import searching
 from .loading import hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
-from .selection import lookup
-from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
-from .selection.gates import GATES
-from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerSearchData
+from .search import PlanSearch, check_methods
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
+from .state import SearchState, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
-
-REFITS: dict[str | None, Any] = {None: None}
 
 
 def condense_pretrained(
@@ -97,6 +88,7 @@ def search_plan(
     *,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    state_dir: str | os.PathLike | None = None,
 ) -> CondensePlan:
     """Chooses experts, gates and layers on calibration data; the model stays as it is.
 
@@ -105,11 +97,13 @@ def search_plan(
         config (`CondenseConfig`, *optional*): How to search; the defaults are the paper's.
         calibration (*optional*): As in `condense_pretrained`.
         tokenizer (*optional*): For texts; by default that of the checkpoint the model was loaded from.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
+            interrupted goes on from there.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if the config does not fit the model, if the calibration data is empty, if activations are not
-            finite, or if too few experts of a layer are chosen by any token.
+            finite, if too few experts of a layer are chosen by any token, or if `state_dir` belongs to another search.
     """
     config = config or CondenseConfig()
     check_methods(config)
@@ -121,7 +115,8 @@ def search_plan(
         calibration = load_calibration(calibration, config, tokenizer, model.config)
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
-        search = _Search(model, config, candidates, calibration)
+        state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
+        search = PlanSearch(model, config, candidates, calibration, state)
         experts = search.experts()
         if config.layers is None:
             chosen, scores, alone = search.layers(experts)
@@ -134,7 +129,7 @@ def search_plan(
             CondensedLayer(
                 layer=layer,
                 experts=order.experts,
-                gates=[float(gates[e]) for e in order.experts],
+                gates=[gates[e] for e in order.experts],
                 score=None if scores is None else scores[i],
                 expert_scores=order.scores,
             )
@@ -187,107 +182,6 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     return blocks
 
 
-def check_methods(config: CondenseConfig) -> None:
-    """Checks that every method a config names is registered.
-
-    Raises:
-        ValueError: naming the field and the methods that exist.
-    """
-    lookup(EXPERT_SELECTIONS, config.expert_selection, "expert_selection")
-    lookup(LAYER_SELECTIONS, config.layer_selection, "layer_selection")
-    lookup(METRICS, config.metric, "metric")
-    lookup(COMPARE, config.compare, "compare")
-    lookup(GATES, config.gates, "gates")
-    if config.refit not in REFITS:
-        raise ValueError(f"`refit` is {config.refit!r}, but only None exists.")
-
-
-class _Search:
-    """One search on one model: the decoder layer by layer on the calibration tokens."""
-
-    def __init__(
-        self, model: PreTrainedModel, config: CondenseConfig, blocks: list[SparseBlock], calibration: Calibration
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.blocks = {block.layer: block for block in blocks}
-        layers_path = blocks[0].path.rsplit(".", 2)[0]
-        self.stream = LayerStream(model, layers_path, calibration.batches)
-        self.token_weights = [
-            (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
-            for mask in (batch.attention_mask.float() for batch in calibration.batches)
-        ]
-
-    def experts(self) -> dict[int, tuple[ExpertOrder, Tensor]]:
-        """Order of experts and gates of every candidate layer, with inputs from the unmodified model."""
-        found = {}
-        states = list(self.stream.embeddings)
-        for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
-            if layer not in self.blocks:
-                states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
-                _check_finite(states, layer)
-                continue
-            data, states = self._observe(layer, states)
-            self._check_candidates(data)
-            select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
-            found[layer] = (select(data, self.config.num_experts), data.gates)
-        return found
-
-    def layers(self, experts: dict[int, tuple[ExpertOrder, Tensor]]) -> tuple[list[int], list[float], dict[int, float]]:
-        """Order of layers, its divergences, and the divergence of each layer alone."""
-        mlps = {
-            layer: fold(self.blocks[layer], order.experts, [float(gates[e]) for e in order.experts])
-            for layer, (order, gates) in experts.items()
-        }
-
-        @contextmanager
-        def condense(layer: int) -> Iterator[None]:
-            with standing_in(self.model, self.blocks[layer], mlps[layer]):
-                yield
-
-        data = LayerSearchData(
-            stream=self.stream,
-            candidates=sorted(self.blocks),
-            condense=condense,
-            metric=METRICS[self.config.metric],
-            output=COMPARE[self.config.compare],
-            token_weights=self.token_weights,
-            cache_bytes=self.config.cache_bytes,
-        )
-        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
-        order = select(data, self.config.num_layers)
-        return order.layers, order.scores, order.rounds[0]
-
-    def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
-        block = self.blocks[layer]
-        recorder = LayerRecorder(self.stream, block)
-        calls, outputs = [], []
-        for batch, state in enumerate(states):
-            call, output = recorder.record(state, batch, self.token_weights[batch])
-            calls.append(call)
-            outputs.append(output)
-        _check_finite(outputs, layer)
-        is_last = layer == len(self.stream) - 1
-        data = SparseLayerData(
-            block=block,
-            calls=calls,
-            gates=GATES[self.config.gates](calls, block.num_experts),
-            metric=METRICS[self.config.metric],
-            finish=self.stream.finish if is_last else _identity,
-            cache_bytes=self.config.cache_bytes,
-        )
-        return data, outputs
-
-    def _check_candidates(self, data: SparseLayerData) -> None:
-        available = len(data.candidates)
-        if available < self.config.num_experts:
-            raise ValueError(
-                f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
-                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
-                "has no mean gate). Use more calibration data or a smaller `num_experts`."
-            )
-
-
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
     experts = max(len(layer.experts) for layer in plan.layers)
     if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
@@ -295,15 +189,3 @@ def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
             f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
             f"{config.num_layers} and {config.num_experts}. For fewer, use `plan.truncate`."
         )
-
-
-def _check_finite(states: list[State], layer: int) -> None:
-    if not all(bool(torch.isfinite(state[0]).all()) for state in states):
-        raise ValueError(
-            f"The output of decoder layer {layer} contains NaN or infinity. Check the checkpoint, and try "
-            "dtype='float32' or 'bfloat16'."
-        )
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

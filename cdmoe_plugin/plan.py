@@ -167,14 +167,7 @@ class CondensePlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON; an existing file is replaced at once or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CondensePlan:
@@ -283,6 +276,18 @@ def _keep_experts(layer: CondensedLayer, num_experts: int) -> CondensedLayer:
 
 
 # --- reading what somebody may have edited ---------------------------------------------------------------------------
+
+
+def write_json(path: str | os.PathLike, values: Any) -> None:
+    """Writes a JSON file; an existing one is replaced at once or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike) -> Any:

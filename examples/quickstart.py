@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_moe import train_or_load
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from cdmoe_plugin import CondenseConfig, condense_pretrained, search_plan
 from cdmoe_plugin.report import format_table, plan_table, plot_layer_divergences
-from tiny_moe import train_or_load
 
 CONFIG = CondenseConfig(num_layers=4, num_experts=4, num_samples=64, max_length=256)
 

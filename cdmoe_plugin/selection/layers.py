@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ class LayerSearchData:
         output (`Callable`): From the last hidden state `[B, S, H]` of a batch to what is compared, from `COMPARE`.
         token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
         cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
+        known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
     """
 
     stream: LayerStream
@@ -37,6 +38,7 @@ class LayerSearchData:
     output: Callable[[LayerStream, Tensor, int], Tensor]
     token_weights: list[Tensor]
     cache_bytes: int
+    known: MutableMapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
             for layer in data.candidates:
                 if layer in order.layers:
                     continue
-                scores[layer] = path.divergence(layer, target)
+                name = "layers " + " ".join(map(str, [*order.layers, layer]))
+                if name not in data.known:
+                    data.known[name] = path.divergence(layer, target)
+                scores[layer] = data.known[name]
                 progress.update()
             best = min(scores, key=lambda layer: (scores[layer], layer))
             order.layers.append(best)

@@ -1,0 +1,163 @@
+"""One search on one model: experts of every candidate layer, then the order of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .calibration import Calibration
+from .condensed import fold, standing_in
+from .config import CondenseConfig
+from .divergence import METRICS
+from .layerwise import LayerRecorder, LayerStream, State
+from .plan import CondensedLayer
+from .selection import lookup
+from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
+from .selection.gates import GATES
+from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerSearchData
+from .sparse import SparseBlock
+from .state import SearchState
+
+# Experts in the order of their selection, and their gates.
+ChosenExperts = tuple[ExpertOrder, dict[int, float]]
+
+
+def check_methods(config: CondenseConfig) -> None:
+    """Checks that every method a config names is registered.
+
+    Raises:
+        ValueError: naming the field and the methods that exist.
+    """
+    lookup(EXPERT_SELECTIONS, config.expert_selection, "expert_selection")
+    lookup(LAYER_SELECTIONS, config.layer_selection, "layer_selection")
+    lookup(METRICS, config.metric, "metric")
+    lookup(COMPARE, config.compare, "compare")
+    lookup(GATES, config.gates, "gates")
+    if config.refit is not None:
+        raise ValueError(f"`refit` is {config.refit!r}, but only None exists.")
+
+
+class PlanSearch:
+    """One search on one model: the decoder layer by layer on the calibration tokens."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: CondenseConfig,
+        blocks: list[SparseBlock],
+        calibration: Calibration,
+        state: SearchState,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.state = state
+        self.blocks = {block.layer: block for block in blocks}
+        layers_path = blocks[0].path.rsplit(".", 2)[0]
+        self.stream = LayerStream(model, layers_path, calibration.batches)
+        self.token_weights = [
+            (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
+            for mask in (batch.attention_mask.float() for batch in calibration.batches)
+        ]
+
+    def experts(self) -> dict[int, ChosenExperts]:
+        """Order of experts and gates of every candidate layer, with inputs from the unmodified model."""
+        found = {}
+        states = list(self.stream.embeddings)
+        for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
+            name = f"experts {layer}"
+            if name in self.state:
+                found[layer] = _order_from_dict(self.state[name])
+            if layer not in self.blocks or name in self.state:
+                states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+                _check_finite(states, layer)
+                continue
+            data, states = self._observe(layer, states)
+            self._check_candidates(data)
+            select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
+            order = select(data, self.config.num_experts)
+            gates = {expert: float(data.gates[expert]) for expert in order.experts}
+            found[layer] = (order, gates)
+            self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
+        return found
+
+    def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float]]:
+        """Order of layers, its divergences, and the divergence of each layer alone."""
+        mlps = {
+            layer: fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
+            for layer, (order, gates) in experts.items()
+        }
+
+        @contextmanager
+        def condense(layer: int) -> Iterator[None]:
+            with standing_in(self.model, self.blocks[layer], mlps[layer]):
+                yield
+
+        data = LayerSearchData(
+            stream=self.stream,
+            candidates=sorted(self.blocks),
+            condense=condense,
+            metric=METRICS[self.config.metric],
+            output=COMPARE[self.config.compare],
+            token_weights=self.token_weights,
+            cache_bytes=self.config.cache_bytes,
+            known=self.state,
+        )
+        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
+        order = select(data, self.config.num_layers)
+        return order.layers, order.scores, order.rounds[0]
+
+    def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
+        block = self.blocks[layer]
+        recorder = LayerRecorder(self.stream, block)
+        calls, outputs = [], []
+        for batch, state in enumerate(states):
+            call, output = recorder.record(state, batch, self.token_weights[batch])
+            calls.append(call)
+            outputs.append(output)
+        _check_finite(outputs, layer)
+        is_last = layer == len(self.stream) - 1
+        data = SparseLayerData(
+            block=block,
+            calls=calls,
+            gates=GATES[self.config.gates](calls, block.num_experts),
+            metric=METRICS[self.config.metric],
+            finish=self.stream.finish if is_last else _identity,
+            cache_bytes=self.config.cache_bytes,
+        )
+        return data, outputs
+
+    def _check_candidates(self, data: SparseLayerData) -> None:
+        available = len(data.candidates)
+        if available < self.config.num_experts:
+            raise ValueError(
+                f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
+                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
+                "has no mean gate). Use more calibration data or a smaller `num_experts`."
+            )
+
+
+def _check_finite(states: list[State], layer: int) -> None:
+    if not all(bool(torch.isfinite(state[0]).all()) for state in states):
+        raise ValueError(
+            f"The output of decoder layer {layer} contains NaN or infinity. Check the checkpoint, and try "
+            "dtype='float32' or 'bfloat16'."
+        )
+
+
+def _order_from_dict(values: Any) -> ChosenExperts:
+    """A layer's experts and gates as a search state keeps them."""
+    layer = CondensedLayer.from_dict(
+        {"layer": 0, "experts": values["experts"], "gates": values["gates"], "expert_scores": values["scores"]},
+        "search state",
+    )
+    return ExpertOrder(layer.experts, layer.expert_scores or []), dict(zip(layer.experts, layer.gates, strict=True))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,174 @@
+"""
+A small fine-grained Mixture-of-Experts model, really trained, with nothing to download.
+
+The text is English that every Python brings along: the topics of `help()` and the docstrings of the standard library.
+The model has the form of DeepSeekMoE: many small experts, a shared one, softmax routing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import random
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import get_cosine_schedule_with_warmup as cosine_schedule
+
+import cdmoe_plugin  # noqa: F401  (makes transformers know the architecture "deepseek")
+
+VOCABULARY = 2048
+MODEL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+TRAINING = {"steps": 1000, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
+
+
+def corpus(held_out_share: float = 0.06) -> tuple[list[str], list[str]]:
+    """Documents for training and, of other files and topics, held-out documents."""
+    sources = [[topics[name]] for name in sorted(topics)]
+    sources += [docstrings(file) for file in library_files()]
+    seen: set[str] = set()
+    documents = []
+    for pieces in sources:
+        new = [piece for piece in pieces if (key := " ".join(piece.lower().split())) and key not in seen]
+        seen.update(" ".join(piece.lower().split()) for piece in new)
+        document = "\n\n".join(new)
+        if len(document) >= 200:
+            documents.append(document)
+    random.Random(0).shuffle(documents)
+    total, share = sum(map(len, documents)), 0
+    held_out = []
+    while share < held_out_share * total:
+        held_out.append(documents.pop())
+        share += len(held_out[-1])
+    return documents, held_out
+
+
+def library_files() -> Iterator[Path]:
+    """Modules of the standard library, without its tests and whatever else is installed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        ours = parts[0].removesuffix(".py") in sys.stdlib_module_names
+        if ours and not {"test", "tests", "idle_test"} & set(parts):
+            yield file
+
+
+def docstrings(file: Path) -> list[str]:
+    """All docstrings of a module."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in found if text]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<bos>", "<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+
+
+def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Any:
+    """Trains the model on packed text; a minute or three on two cores."""
+    torch.manual_seed(0)
+    ids = [i for row in tokenizer(texts)["input_ids"] for i in [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]]
+    config = AutoConfig.for_model(
+        "deepseek",
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        output_router_logits=True,
+        router_aux_loss_coef=TRAINING["aux_loss"],
+        **MODEL,
+    )
+    # On a CPU the loop over experts is many times slower than grouped products.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=TRAINING["learning_rate"], betas=(0.9, TRAINING["beta2"]), weight_decay=0.1
+    )
+    steps = int(TRAINING["steps"])
+    schedule = cosine_schedule(optimizer, num_warmup_steps=50, num_training_steps=steps)
+    progress = tqdm(batches(torch.tensor(ids), steps), total=steps, desc="Training a small MoE", unit="step")
+    for batch in progress:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.2f}")
+    model.config.output_router_logits = False
+    return model.eval()
+
+
+def batches(ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+    """Random windows of the text, `[batch, length]`."""
+    length, size = int(TRAINING["length"]), int(TRAINING["batch_size"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - length, (size,), generator=generator)
+        yield torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+def train_or_load(cache_dir: Path) -> tuple[Any, PreTrainedTokenizerFast, list[str], list[str]]:
+    """The trained model and its tokenizer, from the cache where this very recipe has been run on this very text.
+
+    Returns:
+        Model, tokenizer, training documents, held-out documents.
+    """
+    texts, held_out = corpus()
+    recipe = json.dumps([VOCABULARY, MODEL, TRAINING, texts], sort_keys=True)
+    folder = cache_dir / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    if not folder.exists():
+        tokenizer = train_tokenizer(texts)
+        model = train_model(tokenizer, texts)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # Written aside and moved: a run that is interrupted leaves no half a model behind.
+        unfinished = Path(tempfile.mkdtemp(dir=cache_dir))
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
+    return model, AutoTokenizer.from_pretrained(folder), texts, held_out

@@ -1,0 +1,77 @@
+"""A search that is interrupted goes on where it was, and never on another search's results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdmoe_plugin import CondenseConfig, search_plan
+from cdmoe_plugin.state import FILE, SearchState
+from tests.tiny_models import random_ids, tiny_model
+
+CONFIG = CondenseConfig(num_layers=2, num_experts=2)
+IDS = random_ids(5)
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C, or a machine that goes."""
+
+
+def interrupting(after: int) -> Callable[..., None]:
+    """`SearchState.__setitem__` that fails once `after` results have come in."""
+    write, left = SearchState.__setitem__, [after]
+
+    def set_item(self: SearchState, name: str, value: Any) -> None:
+        if left[0] == 0:
+            raise Interrupted
+        left[0] -= 1
+        write(self, name, value)
+
+    return set_item
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 6, 7])
+def test_resumes_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    model = tiny_model("qwen2_moe")
+    unbroken = search_plan(model, CONFIG, calibration=IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchState, "__setitem__", interrupting(after))
+        with pytest.raises(Interrupted):
+            search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
+    done = json.loads((tmp_path / FILE).read_text())["results"] if after else {}
+    assert len(done) == after
+    with monkeypatch.context() as patch:
+        # Three layers of experts, then three and two candidates: what is done must not be done again.
+        patch.setattr(SearchState, "__setitem__", interrupting(8 - after))
+        assert search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path) == unbroken
+
+
+@pytest.mark.parametrize("other", ["model", "config", "calibration data"])
+def test_refuses_the_state_of_another_search(tmp_path: Path, other: str) -> None:
+    model = tiny_model("qwen2_moe")
+    search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    model = tiny_model("qwen2_moe", seed=1) if other == "model" else model
+    config = CondenseConfig(num_layers=1, num_experts=2) if other == "config" else CONFIG
+    ids = [*IDS[:-1], IDS[-1][:-1]] if other == "calibration data" else IDS
+    with pytest.raises(ValueError, match=f"its {other} differ"):
+        search_plan(model, config, calibration=ids, state_dir=tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_memory_for_the_cache_may_change(tmp_path: Path) -> None:
+    model = tiny_model("qwen2_moe")
+    plan = search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
+    small = CondenseConfig(num_layers=2, num_experts=2, cache_memory="1KB")
+    assert search_plan(model, small, calibration=IDS, state_dir=tmp_path).layers == plan.layers
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "fingerprint": 3, "results": {}}', "\x80"])
+def test_refuses_what_is_no_state(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match="no valid search state"):
+        SearchState(tmp_path, {})
