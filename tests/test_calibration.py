@@ -1,18 +1,18 @@
 """Calibration data of every kind becomes the same token batches, and padding never counts."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cdmoe_plugin import CondenseConfig, condense_pretrained
+from cdmoe_plugin import CondenseConfig, condense_pretrained, search_plan
 from cdmoe_plugin.calibration import Calibration, load_calibration
 from tests.tiny_models import tiny_model
 
@@ -20,6 +20,11 @@ POEM = "the cat sat on a mat while two dogs ran over seven hills and one bird sa
 TEXTS = [" ".join(POEM.split()[i : i + 3 + i % 9]) for i in range(12)]
 IDS = [[3 + (7 * i + j) % 90 for j in range(2 + i)] for i in range(12)]
 PAD, BOS, EOS = 0, 1, 2
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -50,47 +55,60 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
-    Dataset.from_dict(columns).to_parquet(path)
+def save(path: Path, column: str, values: list[Any], **others: list[Any]) -> Path:
+    dataset = Dataset.from_dict({**others, column: values})
+    if path.suffix == ".parquet":
+        dataset.to_parquet(path)
+    else:
+        dataset.to_json(path, lines=path.suffix == ".jsonl")
     return path
-
-
-def json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def rows_of(column: str, values: list[Any]) -> list[dict[str, Any]]:
-    return [{"number": i, column: value} for i, value in enumerate(values)]
 
 
 TEXT_SOURCES: dict[str, Callable[[Path], Any]] = {
     "list": lambda tmp: TEXTS,
-    "tuple": lambda tmp: tuple(TEXTS),
     "txt": lambda tmp: write(tmp / "a.txt", "\n".join(TEXTS)),
-    "json": lambda tmp: write(tmp / "a.json", json.dumps(rows_of("text", TEXTS))),
-    "jsonl as str": lambda tmp: str(write(tmp / "a.jsonl", json_lines(rows_of("content", TEXTS)))),
-    "jsonl of one column": lambda tmp: write(tmp / "b.jsonl", json_lines([{"sentence": text} for text in TEXTS])),
-    "parquet": lambda tmp: write_parquet(tmp / "a.parquet", {"url": TEXTS[::-1], "text": TEXTS}),
-    "Dataset": lambda tmp: Dataset.from_list(rows_of("text", TEXTS)),
-    "streaming Dataset": lambda tmp: Dataset.from_list(rows_of("text", TEXTS)).to_iterable_dataset(),
-    "column": lambda tmp: Dataset.from_list(rows_of("text", TEXTS))["text"],
+    "json": lambda tmp: save(tmp / "a.json", "text", TEXTS, url=TEXTS[::-1]),
+    "jsonl, by its name": lambda tmp: str(save(tmp / "a.jsonl", "content", TEXTS, id=list(range(12)))),
+    "jsonl of one column": lambda tmp: save(tmp / "a.jsonl", "sentence", TEXTS),
+    "parquet": lambda tmp: save(tmp / "a.parquet", "text", TEXTS, content=TEXTS[::-1]),
+    "Dataset": lambda tmp: Dataset.from_dict({"url": TEXTS[::-1], "text": TEXTS}),
+    "streaming Dataset": lambda tmp: Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
+    "column": lambda tmp: Dataset.from_dict({"text": TEXTS})["text"],
 }
-
 ID_SOURCES: dict[str, Callable[[Path], Any]] = {
     "lists": lambda tmp: IDS,
-    "tuples": lambda tmp: tuple(map(tuple, IDS)),
-    "tensors": lambda tmp: [torch.tensor(ids) for ids in IDS],
+    "tensors": lambda tmp: tuple(torch.tensor(ids) for ids in IDS),
+    "arrays": lambda tmp: [torch.tensor(ids).numpy() for ids in IDS],
     "padded tensor": lambda tmp: torch.tensor([ids + [PAD] * (20 - len(ids)) for ids in IDS]),
     "padded on the left": lambda tmp: torch.tensor([[PAD] * (20 - len(ids)) + ids for ids in IDS]),
-    "json": lambda tmp: write(tmp / "a.json", json.dumps([{"input_ids": ids, "text": "no"} for ids in IDS])),
-    "parquet": lambda tmp: write_parquet(tmp / "a.parquet", {"input_ids": IDS}),
+    "json": lambda tmp: save(tmp / "a.json", "input_ids", IDS, text=TEXTS),
     "Dataset": lambda tmp: Dataset.from_dict({"input_ids": IDS, "labels": IDS[::-1]}),
-    "Dataset of tensors": lambda tmp: Dataset.from_dict({"input_ids": IDS}).with_format("torch"),
     "Dataset of arrays": lambda tmp: Dataset.from_dict({"input_ids": IDS}).with_format("numpy"),
     "generator": lambda tmp: IterableDataset.from_generator(lambda: ({"input_ids": ids} for ids in IDS)),
     "column": lambda tmp: Dataset.from_dict({"input_ids": IDS})["input_ids"],
-    "arrays": lambda tmp: [torch.tensor(ids).numpy() for ids in IDS],
 }
+# What is no calibration data, and what the message says of it.
+ERRORS: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda tmp: [], "empty"),
+    (lambda tmp: ["", " ", "\n\t"], r"\(texts\) is empty"),
+    (lambda tmp: TEXTS, r"\(texts\) is text: pass `tokenizer=`"),
+    (lambda tmp: [TEXTS[0], IDS[0]], "mixes texts and token ids"),
+    (lambda tmp: [[7]], "no sequence of at least two tokens"),
+    (lambda tmp: torch.full((3, 8), PAD), "no sequence of at least two tokens that are no padding"),
+    (lambda tmp: [[5, 6], [5, -6]], "sample 1 should be a list of token ids, but is .5, -6"),
+    (lambda tmp: [[True, False], [5.0]], "sample 0 should be a list of token ids"),
+    (lambda tmp: [5, 6, 7], "should be a text or a list of token ids, but one is 5"),
+    (lambda tmp: {"text": TEXTS}, "None .* Dataset, a list of texts or a list of token ids, but is a dict"),
+    (lambda tmp: DatasetDict(train=Dataset.from_dict({"text": TEXTS})), "splits .'train'.: pass one"),
+    (lambda tmp: tmp / "none.txt", "none.txt does not exist"),
+    (lambda tmp: tmp, "is a folder"),
+    (lambda tmp: write(tmp / "a.csv", "text"), "a.csv should end in one of .txt, .json, .jsonl, .parquet"),
+    (lambda tmp: write(tmp / "a.txt", ""), "a.txt.* is empty"),
+    (lambda tmp: write(tmp / "a.json", '{"text": '), "a.json can't be read"),
+    (lambda tmp: save(tmp / "a.jsonl", "prompt", TEXTS, answer=TEXTS), "columns .'answer', 'prompt'.; .*'text'"),
+    (lambda tmp: save(tmp / "a.jsonl", "text", [1, 2]), "should be a text or a list of token ids, but one is"),
+    (lambda tmp: "nobody/nothing", "'nobody/nothing' is no local file .* can't be opened .*`calibration=`"),
+]
 
 
 @pytest.mark.parametrize("kind", TEXT_SOURCES)
@@ -110,14 +128,12 @@ def test_token_ids_of_every_kind(kind: str, tmp_path: Path) -> None:
     assert sorted(sequences(found)) == sorted(IDS)
 
 
-def test_a_list_keeps_its_order_and_a_file_tells_its_name(tmp_path: Path) -> None:
+def test_a_list_keeps_its_order() -> None:
     drawn = load(IDS, num_samples=5, batch_size=12)
     positions = [IDS.index(ids) for ids in sequences(drawn)]
     assert positions == sorted(positions)
     assert drawn.fingerprint == load([IDS[i] for i in positions]).fingerprint
     assert drawn.source == "token ids"
-    path = write(tmp_path / "ids.json", json.dumps([{"input_ids": ids} for ids in IDS]))
-    assert load(path).source == str(path)
 
 
 @pytest.mark.parametrize("kind", ["lists", "Dataset", "generator"])
@@ -193,32 +209,15 @@ def test_fingerprint() -> None:
         ([EOS, EOS, EOS, 5, 6, 7], {"pad_token_id": EOS, "eos_token_id": [BOS, EOS]}, [EOS, 5, 6, 7]),
         ([BOS, BOS, 5, 6], {"pad_token_id": BOS, "bos_token_id": BOS}, [BOS, 5, 6]),
         ([5, 6, EOS, EOS], {"pad_token_id": EOS, "eos_token_id": [EOS, 9]}, [5, 6, EOS]),
-        ([PAD, 5, 6, PAD], {"pad_token_id": None}, [PAD, 5, 6, PAD]),
-        ([5, 6, EOS, PAD], {"pad_token_id": PAD, "eos_token_id": EOS}, [5, 6, EOS]),
     ],
 )
-@pytest.mark.parametrize("holder", ["tokenizer", "model_config"])
-def test_padding_is_stripped(ids: list[int], special: dict[str, Any], expected: list[int], holder: str) -> None:
-    holders = {"tokenizer": None, "model_config": None, holder: SimpleNamespace(**special)}
-    found = load([ids, torch.tensor(ids)], **holders)
-    assert sequences(found) == [expected, expected]
-    assert found.num_tokens == 2 * len(expected)
-
-
-def test_the_tokenizer_tells_what_padding_is_before_the_model_does(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, config = [9, 5, 6, PAD, PAD], SimpleNamespace(pad_token_id=9)
-    assert sequences(load([ids], tokenizer, config)) == [[9, 5, 6]]
-    assert sequences(load([ids], SimpleNamespace(pad_token_id=None), config)) == [[5, 6, PAD, PAD]]
-
-
-def test_padded_sequences_make_the_same_batches() -> None:
-    padded = [[PAD] * (i % 3) + ids + [PAD] * (i % 4) for i, ids in enumerate(IDS)]
-    found, bare = load(padded, None, SimpleNamespace(pad_token_id=PAD)), load(IDS)
-    assert found.fingerprint == bare.fingerprint
-    assert found.num_tokens == bare.num_tokens
-    for one, other in zip(found.batches, bare.batches, strict=True):
-        assert torch.equal(one.attention_mask, other.attention_mask)
-        assert torch.equal(one.input_ids, other.input_ids)
+def test_padding_is_stripped(ids: list[int], special: dict[str, Any], expected: list[int]) -> None:
+    """The tokenizer tells what padding is, and where it does not, the model's config."""
+    teller, silent, other = SimpleNamespace(**special), SimpleNamespace(), SimpleNamespace(pad_token_id=expected[0])
+    for tellers in ((teller, None), (None, teller), (silent, teller), (teller, other)):
+        found = load([ids, torch.tensor(ids)], *tellers)
+        assert sequences(found) == [expected, expected]
+        assert found.num_tokens == 2 * len(expected)
 
 
 @pytest.mark.parametrize("kind", ["padded tensor", "json", "Dataset", "generator", "column"])
@@ -233,3 +232,18 @@ def test_token_ids_need_no_tokenizer(kind: str, tmp_path: Path, monkeypatch: pyt
     config = CondenseConfig(num_layers=1, num_experts=1)
     model = condense_pretrained(tmp_path / "model", config, calibration=ID_SOURCES[kind](tmp_path))
     assert model.condense_plan.calibration["num_tokens"] == sum(map(len, IDS))
+
+
+@pytest.mark.parametrize(("source", "words"), ERRORS)
+def test_errors(source: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        load(source(tmp_path), None, SimpleNamespace(pad_token_id=PAD))
+
+
+def test_data_of_another_model(tmp_path: Path) -> None:
+    model, config = tiny_model("olmoe"), CondenseConfig(num_layers=1, num_experts=1)
+    with pytest.raises(ValueError, match="token id 128, but the model knows 128"):
+        search_plan(model, config, calibration=[[5, 128, 6]])
+    model.save_pretrained(tmp_path)  # without a tokenizer, for which transformers makes up an empty one
+    with pytest.raises(ValueError, match=r"is text, but no tokenizer .*pass `tokenizer=`"):
+        condense_pretrained(tmp_path, config, calibration=TEXTS)

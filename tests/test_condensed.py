@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from cdmoe_plugin import (
@@ -30,35 +28,31 @@ from cdmoe_plugin import (
 from cdmoe_plugin.condensed import fold
 from cdmoe_plugin.sparse import find_sparse_blocks
 
-from .conftest import Reads, build, differing, experts_read, in_layer, keys_on_disk, some_plan, state
+from .conftest import (
+    FROM_DISK,
+    FOLDS,
+    IDS,
+    IN_HALF,
+    SEARCHABLE,
+    Reads,
+    differing,
+    experts_read,
+    in_layer,
+    keys_on_disk,
+    known_bug,
+    output,
+    some_plan,
+    sparse_model,
+    state,
+    uniform,
+)
 from .naive import NaiveCondensed
-from .tiny_models import ARCHITECTURES, available, random_ids, tiny_inputs, tiny_model
-
-TYPES = [name for name in ARCHITECTURES if available(name)]
-SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
-# AutoModelForCausalLM does not know mistral4
-FROM_DISK = ["deepseek", *(name for name in TYPES if ARCHITECTURES[name].causal_lm and name != "mistral4")]
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("ernie4_5_moe", {"use_bias": True}),
-    ("hy_v3", {"mlp_bias": True}),
-    ("granitemoeshared", {"shared_width": 0}),
-    ("qwen2_moe", {"hidden_act": "gelu"}),
-]
-IDS = random_ids(3, 9)
-
-
-@torch.no_grad()
-def output(model: PreTrainedModel) -> Tensor:
-    """Logits (hidden states without a head) of all tokens that are no padding."""
-    inputs = tiny_inputs(model, IDS)
-    result = model(**inputs)
-    return (result.logits if "logits" in result else result.last_hidden_state)[inputs["attention_mask"].bool()]
-
+from .tiny_models import ARCHITECTURES, random_ids, tiny_model
 
 # --- one layer ---
 
 
-@pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in TYPES), *VARIANTS])
+@pytest.mark.parametrize(("model_type", "overrides"), FOLDS)
 @torch.no_grad()
 def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
     model = tiny_model(model_type, **overrides)
@@ -93,21 +87,6 @@ def test_fold_rounds_once() -> None:
 # --- whole models ---
 
 
-@cache
-def uniform(model_type: str) -> tuple[PreTrainedModel, CondensePlan, Tensor]:
-    """A model whose routers give every expert the same constant weight, all condensed; its plan; its output before."""
-    count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
-    model = tiny_model(model_type, num_experts=count, top_k=count)
-    for block in find_sparse_blocks(model):
-        for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
-            if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
-                tensor.data.zero_()
-    before = output(model)
-    config = CondenseConfig(len(ARCHITECTURES[model_type].sparse_layers), count, batch_size=2)
-    plan = search_plan(model, config, calibration=IDS)
-    return apply_plan(model, plan), plan, before
-
-
 @pytest.mark.parametrize("model_type", SEARCHABLE)
 def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
     model, plan, before = uniform(model_type)
@@ -115,6 +94,14 @@ def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
     for row in plan.layers:
         assert abs(row.score) < 1e-7
         assert abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0]
+
+
+@pytest.mark.parametrize("model_type", IN_HALF)
+def test_search_in_bfloat16(model_type: str) -> None:
+    half = tiny_model(model_type, dtype=torch.bfloat16)
+    config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
+    found, expected = (search_plan(m, config, calibration=IDS).layers[0] for m in (half, copy.deepcopy(half).float()))
+    assert found.expert_scores == pytest.approx(expected.expert_scores, rel=0.4)  # some tokens go elsewhere
 
 
 @pytest.mark.parametrize("model_type", SEARCHABLE)
@@ -132,12 +119,9 @@ def test_save_and_open(model_type: str, tmp_path: Path) -> None:
     assert again.condense_plan == CondensePlan.load(tmp_path) == plan
 
 
-# --- checkpoints ---
-
-
 @pytest.mark.parametrize("model_type", FROM_DISK)
 def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads) -> None:
-    model = build("deepseek", num_experts=8) if model_type == "deepseek" else tiny_model(model_type)
+    model = sparse_model(model_type)
     model.save_pretrained(tmp_path / "sparse", max_shard_size="30KB")
     sparse = [block.layer for block in find_sparse_blocks(model)]
     plan = some_plan(sparse[:0:-1])
@@ -170,14 +154,16 @@ def test_loading_options(kwargs: dict[str, Any], tmp_path: Path) -> None:
     assert found.dtype == kwargs.get("dtype", torch.float32)
 
 
+@known_bug("random weights are folded")
 @pytest.mark.parametrize("lost", ["layers.2.mlp.experts", "layers.2.mlp.shared_expert.", "layers.1.self_attn.q_proj"])
 def test_a_checkpoint_with_missing_weights_is_refused(lost: str, tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if lost not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks"):
-        condense_pretrained(tmp_path, plan=some_plan([2]))
+    for how in ({"plan": some_plan([2])}, {"config": CondenseConfig(layers=[2], num_experts=1), "calibration": IDS}):
+        with pytest.raises(ValueError, match="lacks"):
+            condense_pretrained(tmp_path, **how)
 
 
 # --- generation and training ---
@@ -186,7 +172,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(lost: str, tmp_path: Path)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek"])
 def test_left_padded_generation(model_type: str, use_cache: bool) -> None:
-    model = apply_plan(build(model_type, num_experts=8), some_plan([1, 3]))
+    model = apply_plan(sparse_model(model_type), some_plan([1, 3]))
     prompts = random_ids(3, 6)
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
@@ -205,7 +191,7 @@ def test_left_padded_generation(model_type: str, use_cache: bool) -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "mixtral", "granitemoe"])
 def test_no_router_no_router_loss(model_type: str, tmp_path: Path) -> None:
-    model = build(model_type, num_experts=8) if model_type == "deepseek" else tiny_model(model_type)
+    model = sparse_model(model_type)
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.01
     model.router_aux_loss_coef = 0.01
     ids = torch.tensor(IDS[:1])
@@ -231,7 +217,6 @@ def test_router_loss_of_the_routers_that_are_left() -> None:
     assert [tuple(logits.shape) for logits in found.router_logits] == [(9, 8)]
     aux_loss = load_balancing_loss_func(found.router_logits, num_experts=8, top_k=2)
     plain = functional.cross_entropy(found.logits[0, :-1], ids[0, 1:])
-    assert torch.isfinite(found.loss)
     torch.testing.assert_close(found.loss, plain + 0.5 * aux_loss)
     found.loss.backward()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 
 from cdmoe_plugin import CondenseConfig, condense_pretrained
 from cdmoe_plugin.modeling_cdmoe import condensed_model_class
@@ -106,7 +106,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     for name in NAMES:
         model = DeepseekForCausalLM(DeepseekConfig(**sizes)).eval() if name == "deepseek" else tiny_model(name)
-        config = CondenseConfig(num_layers=3 if name == "deepseek" else 2, num_experts=2)
+        config = CondenseConfig(layers=[1, 2, 3] if name == "deepseek" else [3, 1], num_experts=2)
         condense_pretrained(model, config, calibration=IDS).save_pretrained(path / name)
         with torch.no_grad():
             expected[name] = model(expected["ids"]).logits
