@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import Calibration, load_calibration, needs_tokenizer
-from .condensed import apply_layers, become_condensed, refuse_condensed
+from .calibration import Calibration, load_calibration
+from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
 from .config import CondenseConfig
 from .layerwise import searching
 from .loading import hub_kwargs, load_condensed, sketch_model
@@ -56,7 +56,7 @@ def condense_pretrained(
         ValueError: if config, plan or calibration do not fit; raised before anything expensive where that can be known.
     """
     given = config is not None
-    config = config or CondenseConfig()
+    config = CondenseConfig() if config is None else config
     check_methods(config)
     if plan is not None and not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
@@ -74,10 +74,11 @@ def condense_pretrained(
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch = sketch_model(model, model_kwargs)
     refuse_condensed(sketch)
+    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
     check_config(config, find_sparse_blocks(sketch))
-    if tokenizer is None and needs_tokenizer(calibration):
-        tokenizer = AutoTokenizer.from_pretrained(model, **hub_kwargs(model_kwargs))
-    data = load_calibration(calibration, config, tokenizer, sketch.config)
+    data = load_calibration(
+        calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
+    )
     loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
     return apply_plan(loaded, search_plan(loaded, config, calibration=data))
 
@@ -105,14 +106,15 @@ def search_plan(
         ValueError: if the config does not fit the model, if the calibration data is empty, if activations are not
             finite, if too few experts of a layer are chosen by any token, or if `state_dir` belongs to another search.
     """
-    config = config or CondenseConfig()
+    config = CondenseConfig() if config is None else config
     check_methods(config)
     blocks = _open_blocks(model)
     check_config(config, blocks)
     if not isinstance(calibration, Calibration):
-        if tokenizer is None and needs_tokenizer(calibration) and model.name_or_path:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        calibration = load_calibration(calibration, config, tokenizer, model.config)
+        path = model.name_or_path
+        own = (lambda: _own_tokenizer(path)) if path else None
+        calibration = load_calibration(calibration, config, tokenizer, model.config, own)
+    _check_vocabulary(model, calibration)
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
@@ -167,12 +169,11 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks of a loaded model whose weights can be read and computed with."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"`model` should be a PreTrainedModel of transformers, but is a {type(model).__name__}; of a wrapped "
-            "model (PEFT, DDP), pass the model inside."
+            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model (PEFT, DDP), "
+            "pass the one inside."
         )
     refuse_condensed(model)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("Quantised weights can't be condensed: condense first, save, and quantise when opening again.")
+    refuse_quantised(getattr(model, "hf_quantizer", None))
     blocks = find_sparse_blocks(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -180,6 +181,32 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
             "whole, or pass the checkpoint and a plan to `condense_pretrained`, which reads only the kept experts."
         )
     return blocks
+
+
+def _own_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; where it has none, transformers may make up an empty one from the model type."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+        reason = "the checkpoint has none"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"The calibration data is text, but no tokenizer can be opened from {str(path)!r}: pass `tokenizer=` as well, "
+        f"or token ids ({reason})."
+    )
+
+
+def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    highest = max(int(batch.input_ids.max()) for batch in calibration.batches)
+    if highest >= size:
+        raise ValueError(
+            f"The calibration data ({calibration.source}) has the token id {highest}, but the model knows {size} "
+            "tokens: it was tokenised for another model."
+        )
 
 
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .config import CondenseConfig
+from .config import CondenseConfig, is_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ def load_calibration(
     config: CondenseConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_config: PreTrainedConfig | None = None,
+    find_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> Calibration:
     """Turns anything that a user may call calibration data into token batches.
 
@@ -78,6 +80,7 @@ def load_calibration(
         config (`CondenseConfig`): Number and length of samples, batch size, seed.
         tokenizer: Needed for texts only. Its own special tokens are added (DeepSeek's has a BOS).
         model_config (*optional*): Tells which token ids are padding where there is no tokenizer to tell.
+        find_tokenizer (*optional*): Called where texts need a tokenizer and none is given.
 
     Raises:
         ValueError: if there is no text, no tokenizer for texts, no column with texts, or if no sequence has the two
@@ -87,6 +90,8 @@ def load_calibration(
     drawn = _draw(samples, config)
     if not drawn:
         raise ValueError(f"The calibration data ({name}) is empty.")
+    if tokenizer is None and find_tokenizer is not None and isinstance(drawn[0], str):
+        tokenizer = find_tokenizer()
     sequences = _tokenize(drawn, tokenizer, config.max_length, name)
     special = tokenizer if getattr(tokenizer, "pad_token_id", None) is not None else model_config
     sequences = [_strip_padding(ids, special)[: config.max_length] for ids in sequences]
@@ -111,13 +116,6 @@ def load_calibration(
     )
 
 
-def needs_tokenizer(source: Any) -> bool:
-    """Whether a calibration source holds texts (anything but lists of token ids and datasets with `input_ids`)."""
-    if isinstance(source, (list, tuple)):
-        return bool(source) and isinstance(source[0], str)
-    return "input_ids" not in (getattr(source, "column_names", None) or ())
-
-
 def _open(source: Any) -> tuple[str, Iterable[Any]]:
     if source is None:
         return f"{C4_NAME} ({C4_FILES})", _stream_hub(C4_NAME, data_files={"train": C4_FILES})
@@ -126,10 +124,11 @@ def _open(source: Any) -> tuple[str, Iterable[Any]]:
         if path.exists() or path.suffix in _FORMATS:
             return str(source), _open_file(path)
         return str(source), _stream_hub(str(source))
-    columns = getattr(source, "column_names", None)
-    if columns is not None or hasattr(source, "features"):
+    if isinstance(getattr(source, "column_names", None), dict):
+        raise ValueError(f"The calibration data has the splits {list(source)}: pass one of them.")
+    if hasattr(source, "column_names"):
         return f"a {type(source).__name__}", _column(source)
-    if isinstance(source, Tensor) and source.ndim == 2:
+    if getattr(source, "ndim", None) == 2:
         return "token ids", list(source)
     if isinstance(source, Sequence):
         kinds = {"texts" if isinstance(sample, str) else "token ids" for sample in source}
@@ -144,14 +143,18 @@ def _open(source: Any) -> tuple[str, Iterable[Any]]:
 
 def _open_file(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"The calibration file {path} does not exist.")
+        raise ValueError(f"The calibration file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     if path.suffix not in _FORMATS:
         raise ValueError(f"The calibration file {path} should end in one of {', '.join(_FORMATS)}.")
     if path.stat().st_size == 0:
         return []
     from datasets import load_dataset
 
-    return _column(load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train"))
+    try:
+        dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        raise ValueError(f"The calibration file {path} can't be read: {error.__cause__ or error}") from error
+    return _column(dataset)
 
 
 def _stream_hub(name: str, **kwargs: Any) -> Any:
@@ -187,18 +190,27 @@ class _Column:
         self.dataset = dataset
         self.name = name
 
-    def draw(self, num: int, seed: int) -> list[Any]:
-        """At most `num` samples, at random."""
+    def shuffled(self, seed: int) -> Iterator[Any]:
+        """The samples in random order, read one by one."""
         if hasattr(self.dataset, "__len__"):
-            rows = random.Random(seed).sample(range(len(self.dataset)), min(num, len(self.dataset)))
-            return [self.dataset[row][self.name] for row in rows]
-        return [row[self.name] for row in self.dataset.shuffle(seed=seed, buffer_size=10_000).take(num)]
+            return (self.dataset[row][self.name] for row in _permutation(len(self.dataset), seed))
+        return (row[self.name] for row in self.dataset.shuffle(seed=seed, buffer_size=10_000))
+
+
+def _permutation(length: int, seed: int) -> Iterator[int]:
+    """`range(length)` in random order, as far as it is asked for (Fisher-Yates)."""
+    rng = random.Random(seed)
+    moved: dict[int, int] = {}
+    for i in range(length):
+        j = rng.randrange(i, length)
+        yield moved.get(j, j)
+        moved[j] = moved.get(i, i)
 
 
 def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
     """At most `num_samples` of the samples that are not blank; of a list in memory, its own order is kept."""
     if isinstance(samples, _Column):
-        return [s for s in samples.draw(config.num_samples, config.seed) if not _is_blank(s)]
+        return list(islice((s for s in samples.shuffled(config.seed) if not _is_blank(s)), config.num_samples))
     samples = [sample for sample in samples if not _is_blank(sample)]
     if len(samples) > config.num_samples:
         rows = sorted(random.Random(config.seed).sample(range(len(samples)), config.num_samples))
@@ -207,6 +219,8 @@ def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
 
 
 def _is_blank(sample: Any) -> bool:
+    if sample is not None and not hasattr(sample, "__len__"):
+        raise ValueError(f"A calibration sample should be a text or a list of token ids, but one is {sample!r}.")
     return not sample.strip() if isinstance(sample, str) else sample is None or len(sample) == 0
 
 
@@ -217,8 +231,8 @@ def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) ->
         return tokenizer(samples, truncation=True, max_length=max_length)["input_ids"]
     sequences = []
     for i, sample in enumerate(samples):
-        ids = sample.tolist() if isinstance(sample, Tensor) else list(sample)
-        if not all(isinstance(token, int) and token >= 0 for token in ids):
+        ids = sample.tolist() if hasattr(sample, "tolist") else list(sample)
+        if not all(is_int(token) and token >= 0 for token in ids):
             raise ValueError(f"Calibration sample {i} should be a list of token ids, but is {str(sample)[:60]}.")
         sequences.append(ids)
     return sequences
@@ -236,8 +250,8 @@ def _strip_padding(ids: list[int], special: Any) -> list[int]:
         end -= 1
     if start == end:
         return []
-    both = (getattr(special, "bos_token_id", None), getattr(special, "eos_token_id", None))
-    margin = 1 if pad in both else 0
+    ends = (getattr(special, "bos_token_id", None), getattr(special, "eos_token_id", None))  # one id, or several
+    margin = 1 if any(pad in end if isinstance(end, (list, tuple)) else pad == end for end in ends) else 0
     return ids[max(0, start - margin) : end + margin]
 
 

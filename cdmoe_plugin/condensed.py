@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from . import modeling_cdmoe
 from .modeling_cdmoe import CondensedMLP, CondensedModelMixin, Omitted, condensed_model_class, silence_router_loss
 from .plan import CondensedLayer, CondensePlan
+from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
 
 
@@ -136,6 +137,8 @@ def become_condensed(
     The config object stays the same one: every module of the model refers to it.
     """
     base_model = model.name_or_path or ""
+    if model.config.model_type == DEEPSEEK:  # the auto classes know it only once they were asked
+        register_deepseek()
     condensed_class = condensed_model_class(type(model))
     model.__class__ = condensed_class
     config: Any = model.config
@@ -152,6 +155,19 @@ def become_condensed(
     if all_condensed:
         silence_router_loss(model)
     model.add_model_tags(["cdmoe"])
+
+
+def refuse_quantised(*quantisations: Any) -> None:
+    """Raises where any of a model's quantisation configs (or quantisers) is not None.
+
+    Raises:
+        ValueError: saying in which order to condense and quantise.
+    """
+    if any(quantisation is not None for quantisation in quantisations):
+        raise ValueError(
+            "Quantised weights can't be folded: condense first, save, and open the saved checkpoint with "
+            "`quantization_config`."
+        )
 
 
 def refuse_condensed(model: PreTrainedModel) -> None:

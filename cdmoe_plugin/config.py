@@ -95,6 +95,8 @@ class CondenseConfig:
         from accelerate.utils import convert_file_size_to_int
 
         try:
+            if not isinstance(self.cache_memory, str):
+                raise TypeError("not a string")
             return convert_file_size_to_int(self.cache_memory)
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(

@@ -56,7 +56,18 @@ class LayerStream:
 
     @torch.no_grad()
     def run_layer(self, layer: int, state: State, batch: int) -> State:
-        """What one decoder layer makes of its input, for one of the batches."""
+        """What one decoder layer makes of its input, for one of the batches.
+
+        Raises:
+            ValueError: naming the layer, if its output is not finite.
+        """
+        output = self.call_layer(layer, state, batch)
+        _check_finite(output[0], f"The output of decoder layer {layer}")
+        return output
+
+    @torch.no_grad()
+    def call_layer(self, layer: int, state: State, batch: int) -> State:
+        """As `run_layer`, for what need not be finite."""
         return self._run(layer, state, *self._calls[batch][layer])
 
     @torch.no_grad()
@@ -158,7 +169,9 @@ class LayerStream:
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 state = self._run(layer, state, *call)
+                _check_finite(state[0], f"The output of decoder layer {layer}")
         again = self.finish(state[0])
+        _check_finite(again, "The output of the final norm")
         scale = float(expected.abs().max())
         if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
             raise UnsupportedModelError(
@@ -255,7 +268,7 @@ class _Playback:
             if recorder.block.shared_name and recorder.block.shared is not None:
                 nothing = torch.zeros_like(y)
                 stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))
-            return recorder.stream.run_layer(recorder.block.layer, self.state, self.batch)[0]
+            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)[0]
 
     def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
         """What the layer makes of its block's output, on valid tokens; nearly always `offset + slope * y`."""
@@ -327,6 +340,13 @@ def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any
 
 def _float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
+        )
 
 
 def _handed_on(outputs: list[tuple[Any, ...]], inputs: list[dict[str, Any]]) -> dict[str, int]:

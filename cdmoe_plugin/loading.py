@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .condensed import apply_layers, become_condensed, refuse_condensed
+from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
 from .plan import CondensePlan
 from .sparse import describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
 
@@ -42,12 +42,8 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if the plan does not fit the model; before any weight is read.
     """
-    if model_kwargs.get("quantization_config") is not None:
-        raise ValueError(
-            "Quantised weights can't be folded: condense first, save, and open the saved checkpoint with "
-            "`quantization_config`."
-        )
     sketch = sketch_model(path, model_kwargs)
+    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
     refuse_condensed(sketch)
     blocks = find_sparse_blocks(sketch)
     shape = model_shape(sketch, blocks)

@@ -102,8 +102,14 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the config names modules that the model does not have, or describes them wrongly.
     """
-    condense_config = getattr(model.config, "condense_config", None) or {}
-    for layer, spec in condense_config.get("condensed_layers", {}).items():
+    condense_config = getattr(model.config, "condense_config", None)
+    layers = condense_config.get("condensed_layers") if isinstance(condense_config, Mapping) else None
+    if not layers or not isinstance(layers, Mapping):
+        raise ValueError(
+            f"The config of {type(model).__name__} has no `condense_config.condensed_layers`: the checkpoint is not "
+            "condensed, or its config.json was edited."
+        )
+    for layer, spec in layers.items():
         try:
             parent_name, _, name = spec["module"].rpartition(".")
             parent = model.base_model.get_submodule(parent_name)
@@ -116,15 +122,18 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
                 shared_expert_gate=spec["shared_expert_gate"],
                 bias=spec["bias"],
             )
-            omitted = list(spec["omitted"])
-        except (AttributeError, KeyError, TypeError) as error:
+            for other in spec["omitted"]:
+                parent.get_submodule(other)
+            if not 0 <= spec["shared_intermediate_size"] <= spec["intermediate_size"]:
+                raise ValueError("the shared expert is wider than the layer")
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
                 f"layer {layer}: {spec!r} ({error!r}). The file was edited or comes from another version."
             ) from error
         replacement.train(parent.training)
         setattr(parent, name, replacement)
-        for other in omitted:
+        for other in spec["omitted"]:
             setattr(parent, other, Omitted())
 
 
@@ -185,23 +194,40 @@ class CondensedModelMixin(_Model):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         prefix = f"{model.base_model_prefix}."
-        is_base = model.base_model is model
-        lost = sorted(key for key in info.get("missing_keys", ()) if is_base or str(key).startswith(prefix))
+        # Only a head that is new, such as that of a classifier, may start from random weights.
+        whole = model.base_model is model or model.get_output_embeddings() is not None
+        random = {str(key) for key in info.get("missing_keys", ())}
+        random |= {str(key[0]) for key in info.get("mismatched_keys", ())}  # where the caller ignores the sizes
+        lost = sorted(key for key in random if whole or key.startswith(prefix))
         if lost:
             raise ValueError(
                 f"The checkpoint {model.name_or_path!r} lacks {len(lost)} weights of this condensed model, such as "
                 f"{lost[:3]}: it was not saved whole, or its config.json belongs to another checkpoint."
             )
+        places = [
+            f"{name}."
+            for spec in model.config.condense_config["condensed_layers"].values()
+            for name in (
+                spec["module"],
+                *(f"{spec['module'].rpartition('.')[0]}.{other}" for other in spec["omitted"]),
+            )
+        ]
+        unused = sorted(str(key) for key in info.get("unexpected_keys", ()) if any(p in str(key) for p in places))
+        if unused:
+            raise ValueError(
+                f"The checkpoint {model.name_or_path!r} has {len(unused)} weights for which its condensed layers have "
+                f"no place, such as {unused[:3]}: its config.json was edited or belongs to another checkpoint."
+            )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, and adds the plan, the modeling file and a model card.
 
         Everything is written to a temporary folder first: if that fails, `save_directory` stays as it was.
         """
         only_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        if only_adapters or not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
-            super().save_pretrained(save_directory, **kwargs)
+        if only_adapters or not is_main_process or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, **kwargs)
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
@@ -210,7 +236,7 @@ class CondensedModelMixin(_Model):
         stale = re.compile(
             rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json"
         )
-        with replacing_folder(save_directory, stale) as folder:
+        with replacing_files(save_directory, stale) as folder:
             (folder / MODELING_FILE).write_text(modeling_file(type(self)), encoding="utf-8")
             plan = (self.config.condense_config or {}).get("plan")
             if plan is not None:
@@ -230,55 +256,39 @@ def write_model_card(model: PreTrainedModel, folder: Path) -> None:
 
 
 @contextmanager
-def replacing_folder(target: str | os.PathLike, stale: re.Pattern[str]) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target` when the block ends without an error.
+def replacing_files(target: str | os.PathLike, stale: re.Pattern[str]) -> Iterator[Path]:
+    """Yields an empty folder whose files move into `target` when the block ends without an error.
 
-    Files of an existing `target` that the block did not write are carried over, but for those whose name matches
-    `stale`: shards of an older save must not stay beside the new ones.
+    Until then `target` stays as it was. It is never moved itself: it may be the working directory, a mount point or
+    a link. Files in it whose names match `stale` and that were not written now are removed: shards of an older save
+    must not stay beside the new ones.
     """
     target = Path(target).absolute()
     if target.is_file():
         raise ValueError(f"`save_directory` should be a folder, but {target} is a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
-        new = staging / "new"
-        new.mkdir()
-        yield new
-        if target.exists():
-            _carry_over(target, new, stale)
-            target.rename(staging / "old")
-        new.rename(target)
-    except BaseException:
-        if (staging / "old").exists() and not target.exists():
-            (staging / "old").rename(target)
-        raise
+        yield staging
+        before = [path for path in target.iterdir() if stale.fullmatch(path.name)]
+        for path in list(staging.iterdir()):
+            if not _is_someones_card(target / path.name):
+                path.replace(target / path.name)
+                before = [old for old in before if old.name != path.name]
+        for path in before:
+            path.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _carry_over(source: Path, destination: Path, stale: re.Pattern[str]) -> None:
-    written = {path.name for path in destination.iterdir()}
-    for path in source.iterdir():
-        if stale.fullmatch(path.name) or (path.name in written and not _is_someones_card(path)):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, destination / path.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(path, destination / path.name)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()
 
 
 def _is_someones_card(path: Path) -> bool:
     """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
-    return path.name == "README.md" and MODEL_CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
-
-
-def _link_or_copy(source: str | os.PathLike, destination: str | os.PathLike) -> None:
-    Path(destination).unlink(missing_ok=True)
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
+    if path.name != "README.md" or not path.is_file():
+        return False
+    return MODEL_CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 # --- classes, made on first use --------------------------------------------------------------------------------------

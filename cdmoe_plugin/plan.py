@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,8 @@ class CondensePlan:
             ValueError: if the file is no valid plan.
             FileNotFoundError: if there is none.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"`plan` should be a CondensePlan or a path, but is a {type(path).__name__}.")
         path = Path(path)
         if path.is_dir():
             path = path / "condense_plan.json"
@@ -243,12 +247,15 @@ class CondensePlan:
         """
         mine = self.model
         if mine is not None:
-            for name in ("model_type", "num_hidden_layers", "hidden_size", "sparse_layers"):
+            for name in ("model_type", "num_hidden_layers", "hidden_size"):
                 if getattr(mine, name) != getattr(model, name):
                     raise ValueError(
-                        f"The plan was made for another model: its {name} is {_short(getattr(mine, name))}, this "
-                        f"model's is {_short(getattr(model, name))}."
+                        f"The plan was made for another model: its {name} is {getattr(mine, name)!r}, this model's "
+                        f"is {getattr(model, name)!r}."
                     )
+            for row, other in zip_longest(mine.sparse_layers, model.sparse_layers):
+                if row != other:
+                    raise ValueError(f"The plan was made for another model: it has {row}, this model has {other}.")
         sparse = {row.layer: row for row in model.sparse_layers}
         for layer in self.layers:
             if layer.layer not in sparse:
@@ -345,7 +352,8 @@ def _whole(value: Any, where: str) -> int:
 
 def _real(value: Any, where: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    # A whole number may be too large for a float.
+    if not number or abs(value) > sys.float_info.max or math.isnan(value):
         raise ValueError(f"`{where}` should be a finite number, but is {_short(value)}.")
     return float(value)
 

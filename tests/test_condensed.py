@@ -29,8 +29,8 @@ from cdmoe_plugin.condensed import fold
 from cdmoe_plugin.sparse import find_sparse_blocks
 
 from .conftest import (
-    FROM_DISK,
     FOLDS,
+    FROM_DISK,
     IDS,
     IN_HALF,
     SEARCHABLE,
@@ -48,8 +48,6 @@ from .conftest import (
 )
 from .naive import NaiveCondensed
 from .tiny_models import ARCHITECTURES, random_ids, tiny_model
-
-# --- one layer ---
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), FOLDS)
@@ -212,8 +210,7 @@ def test_no_router_no_router_loss(model_type: str, tmp_path: Path) -> None:
 
 def test_router_loss_of_the_routers_that_are_left() -> None:
     model = apply_plan(tiny_model("qwen2_moe", output_router_logits=True, router_aux_loss_coef=0.5), some_plan([1, 3]))
-    ids = torch.tensor(IDS[:1])
-    found = model.train()(ids, labels=ids)
+    found = model.train()(ids := torch.tensor(IDS[:1]), labels=ids)
     assert [tuple(logits.shape) for logits in found.router_logits] == [(9, 8)]
     aux_loss = load_balancing_loss_func(found.router_logits, num_experts=8, top_k=2)
     plain = functional.cross_entropy(found.logits[0, :-1], ids[0, 1:])
@@ -244,7 +241,7 @@ def test_only_condensed_layers_learn() -> None:
 def test_adapters_on_condensed_layers() -> None:
     model = apply_plan(tiny_model("qwen2_moe", num_layers=12), some_plan([1, 10]))
     names = condensed_module_names(model)
-    assert names == [f"model.layers.{layer}.mlp.{part}_proj" for layer in (1, 10) for part in ("gate", "up", "down")]
+    assert names == [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 10) for part in ("gate", "up", "down")]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
     changed = train(adapted.train(), steps=2)
     weights = ("lora_A.default.weight", "lora_B.default.weight")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from cdmoe_plugin.models.deepseek import modeling_deepseek as deepseek

@@ -41,8 +41,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert on_disk["layers"][1]["gates"] == [0.3, 1 / 3, 0.05]
     assert on_disk["layer_divergences"] == {"1": 0.04, "2": 0.011, "3": 0.013}
     assert CondensePlan.from_dict(on_disk) == PLAN
-    bare = CondensePlan([CondensedLayer(1, [], [])])
-    bare.save(tmp_path / "bare.json")
+    (bare := CondensePlan([CondensedLayer(1, [], [])])).save(tmp_path / "bare.json")
     assert CondensePlan.load(tmp_path / "bare.json") == bare
     with pytest.raises(FileNotFoundError):
         CondensePlan.load(tmp_path / "none.json")
@@ -51,9 +50,8 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    broken = replace(PLAN, calibration={"source": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
-        broken.save(path)
+        replace(PLAN, calibration={"source": float("nan")}).save(path)
     assert CondensePlan.load(path) == PLAN
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
@@ -68,9 +66,8 @@ def test_truncate() -> None:
     assert small.model == MODEL
     assert small == PLAN.truncate(num_experts=1).truncate(num_layers=2)
     assert PLAN.truncate(3, 3) == PLAN.truncate() == PLAN
-    fewer = PLAN.truncate(num_layers=1)
-    assert fewer.layers == LAYERS[:1]
-    assert fewer.layer_divergences == PLAN.layer_divergences
+    assert PLAN.truncate(num_layers=1).layers == LAYERS[:1]
+    assert PLAN.truncate(num_layers=1).layer_divergences == PLAN.layer_divergences
     assert [row.experts for row in PLAN.truncate(num_experts=0).layers] == [[], [], []]
     named = replace(PLAN, config={**PLAN.config, "layers": [2, 3, 1]}).truncate(num_layers=2)
     assert CondenseConfig.from_dict(named.config).layers == [2, 3]
@@ -87,15 +84,15 @@ def test_truncate_to_more_than_there_is(wrong: dict[str, int], kind: type) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type is 'qwen2_moe', this model's is 'mixtral'"),
-        ({"num_hidden_layers": 5}, "num_hidden_layers is 4, this model's is 5"),
-        ({"hidden_size": 64}, "hidden_size is 32, this model's is 64"),
-        ({"sparse_layers": MODEL.sparse_layers[:2]}, "sparse_layers is .*SparseLayerShape"),
+        ({"model_type": "mixtral"}, "its model_type is 'qwen2_moe', this model's is 'mixtral'"),
+        ({"num_hidden_layers": 5}, "its num_hidden_layers is 4, this model's is 5"),
+        ({"hidden_size": 64}, "its hidden_size is 32, this model's is 64"),
+        ({"sparse_layers": MODEL.sparse_layers[:2]}, "it has SparseLayerShape"),
     ],
 )
 def test_a_plan_for_another_model(changes: dict[str, Any], message: str) -> None:
     PLAN.check_fits(MODEL)
-    with pytest.raises(ValueError, match=f"made for another model: its {message}"):
+    with pytest.raises(ValueError, match=f"made for another model: {message}"):
         PLAN.check_fits(replace(MODEL, **changes))
 
 
@@ -166,9 +163,8 @@ def test_from_files_that_do_not_belong_together(changes: dict[str, Any], message
         CondensePlan.from_reference(**files)
 
 
-# --- files that somebody edited ---
-
 # Values that JSON can hold and no field should trip over; "@" stands for text that json.dumps would not write.
+NUMBERS = ("layers", "layer_divergences", "config", "calibration")
 RAW = {"@huge": "1e999"} | {f"@deep{n}": "[" * n + "]" * n for n in (100, 700, 3000)}
 ODD = [None, True, -1, 0, 1, 2**63, 10**400, -0.5, 1e308, float("nan"), float("-inf"), "", "1", "\ud800", [], [1], {}]
 VALUES = st.recursive(
@@ -223,11 +219,9 @@ def understood_or_refused(text: str, path: Path) -> None:
     assert CondensePlan.load(path) == plan
 
 
-NUMBERS = ("layers", "layer_divergences", "config", "calibration")
-ODD_FIELDS = [pytest.param(f, marks=known_bug("10**400, 1e999")) if f in NUMBERS else f for f in PLAN.to_dict()]
-
-
-@pytest.mark.parametrize("field", ODD_FIELDS)
+@pytest.mark.parametrize(
+    "field", ["version", "model", *(pytest.param(name, marks=known_bug("10**400, 1e999")) for name in NUMBERS)]
+)
 def test_any_one_change_is_understood_or_refused(field: str, tmp_path: Path) -> None:
     for *path, key in places({field: PLAN.to_dict()[field]})[1:]:
         for odd in [*ODD, *RAW, "@delete"]:

@@ -79,8 +79,7 @@ _SIZES: dict[str, tuple[int | float, str]] = {
     # neither is 1, so that leaving it out shows
     "routed_scale": (
         1.5,
-        "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor "
-        "moe_router_scaling_factor",
+        "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor moe_router_scaling_factor",
     ),
     "residual_scale": (0.7, "residual_multiplier"),
     "kv_rank": (8, "kv_lora_rank"),
@@ -155,9 +154,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "afmoe": _arch("AfmoeForCausalLM", "shared"),
     "aria_text": _arch("AriaTextForCausalLM", "shared", ALL),
     "axk2": _arch("AXK2ForCausalLM", "shared", gated_norm_rank=4, **MLA),
-    "bailing_hybrid": _arch(
-        "BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA
-    ),
+    "bailing_hybrid": _arch("BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA),
     "deepseek_v2": _arch("DeepseekV2ForCausalLM", "shared", **MLA),
     "deepseek_v3": _arch("DeepseekV3ForCausalLM", "shared", groups=2, **MLA),
     "deepseek_v32": _arch("DeepseekV32ForCausalLM", "shared", **MLA),
@@ -177,12 +174,8 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "mistral4": _arch("Mistral4ForCausalLM", "shared", **MLA),
     "solar_open": _arch("SolarOpenForCausalLM", "shared", ALL),
     # the decoder layer owns the shared expert and adds it to the block's output
-    "granitemoeshared": _arch(
-        "GraniteMoeSharedForCausalLM", "layer_shared", ALL, "block_sparse_moe"
-    ),
-    "granitemoehybrid": _arch(
-        "GraniteMoeHybridForCausalLM", "layer_shared", ALL, "block_sparse_moe", **GRANITE_HYBRID
-    ),
+    "granitemoeshared": _arch("GraniteMoeSharedForCausalLM", "layer_shared", ALL, "block_sparse_moe"),
+    "granitemoehybrid": _arch("GraniteMoeHybridForCausalLM", "layer_shared", ALL, "block_sparse_moe", **GRANITE_HYBRID),
     "granitemoe_swa": _arch("GraniteMoeSWAForCausalLM", "layer_shared", ALL, "block_sparse_moe"),
     # the shared expert has a sigmoid gate of its own
     "qwen2_moe": _arch("Qwen2MoeForCausalLM", "gated"),
@@ -251,15 +244,11 @@ REFUSED: dict[str, TinyArch] = {
     "inkling_text": _arch("InklingForCausalLM", "refused", logits_mup_width_multiplier=1.0),
     "inkling2_text": _arch("Inkling2ForCausalLM", "refused", ALL),
     "llama4_text": _arch("Llama4ForCausalLM", "refused", FIRST_DENSE, "feed_forward"),
-    "longcat_flash": _arch(
-        "LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA
-    ),
+    "longcat_flash": _arch("LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA),
     "nemotron_h": _arch("NemotronHForCausalLM", "refused", (1, 3, 5), "mixer", **NEMOTRON),
     "muse_spark_text": _arch("MuseSparkTextModel", "refused", moe_hidden_size=24),
     "gemma4_text": _arch("Gemma4ForCausalLM", "refused", ALL, "", **GEMMA4),
-    "diffusion_gemma_text": _arch(
-        "DiffusionGemmaEncoderTextModel", "refused", ALL, "", global_head_dim=8
-    ),
+    "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "refused", ALL, "", global_head_dim=8),
     "ernie4_5_vl_moe_text": _arch(
         "Ernie4_5_VLMoeTextModel",
         "refused",

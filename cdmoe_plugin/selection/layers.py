@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
                     continue
                 name = "layers " + " ".join(map(str, [*order.layers, layer]))
                 if name not in data.known:
-                    data.known[name] = path.divergence(layer, target)
+                    data.known[name] = _finite(path.divergence(layer, target), layer)
                 scores[layer] = data.known[name]
                 progress.update()
             best = min(scores, key=lambda layer: (scores[layer], layer))
@@ -164,6 +165,15 @@ class _Path:
 
     def _batches(self) -> range:
         return range(len(self.data.stream.batches))
+
+
+def _finite(divergence: float, layer: int) -> float:
+    if not math.isfinite(divergence):
+        raise ValueError(
+            f"With decoder layer {layer} condensed, the divergence of the model's output is {divergence}: the output "
+            "contains NaN or infinity. Check the checkpoint, and try dtype='float32'."
+        )
+    return divergence
 
 
 def _per_token(metric: Callable[[Tensor, Tensor], Tensor], target: Tensor, output: Tensor) -> Tensor:

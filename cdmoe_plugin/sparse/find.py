@@ -123,6 +123,8 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
         shared = others.get(shared_name) if shared_name else None
     gate = next((c for c in children.values() if isinstance(c, nn.Linear) and c.out_features == 1), None)
     with _refusing(model, index, module):
+        if shared is not None and not all(p.is_floating_point() for p in shared.parameters()):
+            raise UnsupportedModelError("its shared expert is quantised: search on the model as it was before")
         if gate is not None and gate.bias is not None:
             raise UnsupportedModelError("the gate of its shared expert has a bias")
         return SparseBlock(

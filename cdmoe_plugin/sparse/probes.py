@@ -97,5 +97,7 @@ def _compare(actual: Tensor, expected: Tensor, reason: str) -> None:
     tolerance = 5e-2 if half else 1e-4
     actual, expected = actual.float().reshape(expected.shape), expected.float()
     error = (actual - expected).norm() / expected.norm().clamp_min(1e-12)
+    if error.isnan():
+        raise UnsupportedModelError("its output is NaN: check the checkpoint's weights")
     if not error <= tolerance:
         raise UnsupportedModelError(f"{reason} (relative difference {error:.1e})")
