@@ -169,8 +169,8 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks of a loaded model whose weights can be read and computed with."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model (PEFT, DDP), "
-            "pass the one inside."
+            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model "
+            "(PEFT, DDP), pass the one inside."
         )
     refuse_condensed(model)
     refuse_quantised(getattr(model, "hf_quantizer", None))

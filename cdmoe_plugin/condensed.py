@@ -185,16 +185,20 @@ def refuse_condensed(model: PreTrainedModel) -> None:
 
 
 def apply_layers(
-    model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer]
+    model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], at_once: bool = True
 ) -> dict[int, Any]:
-    """Folds and installs every layer of a plan; returns the specs for config.json by decoder layer."""
+    """Folds and installs the layers of a plan; returns the specs for config.json by decoder layer.
+
+    Args:
+        at_once (`bool`, defaults to `True`): Whether all layers are folded before the first is installed, so that a
+            failure leaves the model as it was; else one after the other, which needs less memory.
+    """
     by_layer = {block.layer: block for block in blocks}
+    folded = ((by_layer[chosen.layer], fold(by_layer[chosen.layer], chosen.experts, chosen.gates)) for chosen in layers)
     specs = {}
-    for chosen in layers:
-        block = by_layer[chosen.layer]
-        mlp = fold(block, chosen.experts, chosen.gates)
+    for block, mlp in list(folded) if at_once else folded:
         install(model, block, mlp)
-        specs[chosen.layer] = layer_spec(block, mlp)
+        specs[block.layer] = layer_spec(block, mlp)
     return specs
 
 

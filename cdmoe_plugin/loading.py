@@ -57,7 +57,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
     for block in small:
         probe_blocks(model, [block], router_experts=counts[block.layer])
-    specs = apply_layers(model, small, renumbered)
+    specs = apply_layers(model, small, renumbered, at_once=False)
     plan = plan if plan.model is not None else replace(plan, model=shape)
     become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
     return model

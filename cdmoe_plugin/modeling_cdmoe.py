@@ -263,6 +263,8 @@ def replacing_files(target: str | os.PathLike, stale: re.Pattern[str]) -> Iterat
     a link. Files in it whose names match `stale` and that were not written now are removed: shards of an older save
     must not stay beside the new ones.
     """
+    if not os.fspath(target):
+        raise ValueError("`save_directory` is empty: name a folder.")
     target = Path(target).absolute()
     if target.is_file():
         raise ValueError(f"`save_directory` should be a folder, but {target} is a file.")

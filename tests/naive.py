@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,12 @@ ROUTING: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], float]]] = 
 }
 
 
-@dataclass
-class Search:
-    """A greedy search: what was chosen, its distance, and the distance of every candidate in every step."""
+class Search(NamedTuple):
+    """A greedy search: what was chosen, distances with none, one, two of them, and of every candidate in every step."""
 
-    order: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    steps: list[dict[int, float]] = field(default_factory=list)
+    order: list[int]
+    scores: list[float]
+    steps: list[dict[int, float]]
 
 
 def naive_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -122,33 +120,43 @@ def naive_double(model: PreTrainedModel) -> PreTrainedModel:
     return double
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    return getattr(model.base_model, "layers", None) or model.base_model.blocks
+
+
+def block_name(layer: nn.Module) -> str | None:
+    """The name of a decoder layer's sparse block."""
+    return next((name for name, child in layer.named_children() if hasattr(child, "experts")), None)
+
+
 @contextmanager
 def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[None]:
     """The model with some sparse blocks replaced, for a while."""
-    blocks = {layer: model.model.layers[layer].mlp for layer in choices}
-    for layer, choice in choices.items():
-        model.model.layers[layer].mlp = NaiveCondensed(blocks[layer], model.model.layers[layer], choice)
+    owners = {index: layers_of(model)[index] for index in choices}
+    blocks = {index: (name := block_name(owner), getattr(owner, name)) for index, owner in owners.items()}
+    for index, (name, block) in blocks.items():
+        setattr(owners[index], name, NaiveCondensed(block, block, choices[index]))
     try:
         yield
     finally:
-        for layer, block in blocks.items():
-            model.model.layers[layer].mlp = block
+        for index, (name, block) in blocks.items():
+            setattr(owners[index], name, block)
 
 
 @torch.no_grad()
-def watch(model: PreTrainedModel, sequences: Sequence[Ids], module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def watch(model: PreTrainedModel, sequences: Sequence[Ids], module: nn.Module) -> list[tuple[Any, Any]]:
     """What one module is given and gives, `[T, H]` each, for every sequence on its own."""
     seen = []
-    with module.register_forward_hook(lambda _module, args, output: seen.append((args[0], output))):
+    with module.register_forward_hook(lambda _module, args, output: seen.append((args, output))):
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    return [(given[0], output[0][0] if isinstance(output, tuple) else output[0]) for given, output in seen]
+    return [(args[0][0] if args else None, (y if isinstance(y, Tensor) else y[0])[0]) for args, y in seen]
 
 
 def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> list[Tensor]:
-    """Per sequence `[T, H]`: a decoder layer's output, the "hidden" state after the final norm, or the "logits"."""
-    module = {"hidden": model.model.norm, "logits": model.lm_head}.get(what) or model.model.layers[what]
-    return [output for _, output in watch(model, sequences, module)]
+    """Per sequence `[T, H]`: a decoder layer's output, the last "hidden" state (after the norm), or the "logits"."""
+    modules = {"hidden": model.base_model, "logits": model.get_output_embeddings()}
+    return [y for _, y in watch(model, sequences, modules[what] if what in modules else layers_of(model)[what])]
 
 
 def naive_condensed_forward(
@@ -188,8 +196,8 @@ def naive_gates(model: PreTrainedModel, sequences: Sequence[Ids]) -> dict[int, d
     """
     double = naive_double(model)
     gates = {}
-    for index, layer in enumerate(double.model.layers):
-        if not hasattr(layer.mlp, "experts"):
+    for index, layer in enumerate(layers_of(double)):
+        if block_name(layer) is None:
             continue
         collected: dict[int, list[float]] = {}
         for inputs, outputs in watch(double, sequences, layer.mlp):
@@ -206,9 +214,24 @@ def naive_gates(model: PreTrainedModel, sequences: Sequence[Ids]) -> dict[int, d
 # --- Algorithms 1 and 2 ---
 
 
-def greedy(candidates: Sequence[int], number: int, score: Callable[[list[int]], float]) -> Search:
-    search = Search()
-    for _ in range(number):
+def greedy(
+    double: PreTrainedModel,
+    sequences: Sequence[Ids],
+    candidates: Sequence[int],
+    num: int,
+    metric: str,
+    what: int | str,
+    condense: Callable[[list[int]], dict[int, Choice]],
+) -> Search:
+    """Adds one candidate after the other; `condense` says what the model is with some of them chosen."""
+    target = run(double, sequences, what)
+
+    def score(chosen: list[int]) -> float:
+        with condensed(double, condense(chosen)):
+            return distance(metric, target, run(double, sequences, what))
+
+    search = Search([], [score([])], [])
+    for _ in range(num):
         step = {c: score([*search.order, c]) for c in candidates if c not in search.order}
         best = min(sorted(step), key=lambda c: step[c])
         search.order.append(best)
@@ -217,19 +240,15 @@ def greedy(candidates: Sequence[int], number: int, score: Callable[[list[int]], 
     return search
 
 
-def naive_expert_search(model: PreTrainedModel, sequences: Sequence[Ids], num: int, metric: str) -> dict[int, Search]:
-    """Algorithm 1 for every sparse layer on its own; `scores` starts with the shared expert alone."""
+def naive_expert_search(
+    model: PreTrainedModel, sequences: Sequence[Ids], gates: dict[int, dict[int, float]], num: int, metric: str
+) -> dict[int, Search]:
+    """Algorithm 1 for every sparse layer on its own."""
     double, found = naive_double(model), {}
-
-    def score(layer: int, gates: dict[int, float], what: int | str, target: list[Tensor], experts: list[int]) -> float:
-        with condensed(double, {layer: (experts, [gates[e] for e in experts])}):
-            return distance(metric, target, run(double, sequences, what))
-
-    for layer, gates in naive_gates(model, sequences).items():
-        what = "hidden" if layer == len(double.model.layers) - 1 else layer
-        with_experts = partial(score, layer, gates, what, run(double, sequences, what))
-        found[layer] = greedy(list(gates), num, with_experts)
-        found[layer].scores.insert(0, with_experts([]))
+    for layer, of in gates.items():
+        what = "hidden" if layer == len(layers_of(double)) - 1 else layer
+        condense = partial(lambda layer, of, experts: {layer: (experts, [of[e] for e in experts])}, layer, of)
+        found[layer] = greedy(double, sequences, list(of), num, metric, what, condense)
     return found
 
 
@@ -237,11 +256,5 @@ def naive_layer_search(
     model: PreTrainedModel, sequences: Sequence[Ids], choices: dict[int, Choice], num: int, metric: str, compare: str
 ) -> Search:
     """Algorithm 2: `num` of the layers of `choices`."""
-    double = naive_double(model)
-    target = run(double, sequences, compare)
-
-    def score(layers: list[int]) -> float:
-        with condensed(double, {layer: choices[layer] for layer in layers}):
-            return distance(metric, target, run(double, sequences, compare))
-
-    return greedy(list(choices), num, score)
+    double, candidates = naive_double(model), list(choices)
+    return greedy(double, sequences, candidates, num, metric, compare, lambda layers: {i: choices[i] for i in layers})

@@ -164,7 +164,6 @@ def test_from_files_that_do_not_belong_together(changes: dict[str, Any], message
 
 
 # Values that JSON can hold and no field should trip over; "@" stands for text that json.dumps would not write.
-NUMBERS = ("layers", "layer_divergences", "config", "calibration")
 RAW = {"@huge": "1e999"} | {f"@deep{n}": "[" * n + "]" * n for n in (100, 700, 3000)}
 ODD = [None, True, -1, 0, 1, 2**63, 10**400, -0.5, 1e308, float("nan"), float("-inf"), "", "1", "\ud800", [], [1], {}]
 VALUES = st.recursive(
@@ -219,9 +218,10 @@ def understood_or_refused(text: str, path: Path) -> None:
     assert CondensePlan.load(path) == plan
 
 
-@pytest.mark.parametrize(
-    "field", ["version", "model", *(pytest.param(name, marks=known_bug("10**400, 1e999")) for name in NUMBERS)]
-)
+FREE = [pytest.param(name, marks=known_bug("1e999, deep lists")) for name in ("config", "calibration")]
+
+
+@pytest.mark.parametrize("field", ["version", "layers", "model", "layer_divergences", *FREE])
 def test_any_one_change_is_understood_or_refused(field: str, tmp_path: Path) -> None:
     for *path, key in places({field: PLAN.to_dict()[field]})[1:]:
         for odd in [*ODD, *RAW, "@delete"]:
