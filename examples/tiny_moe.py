@@ -44,7 +44,7 @@ MODEL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-TRAINING = {"steps": 1000, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
+TRAINING = {"steps": 800, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
 
 
 def corpus(held_out_share: float = 0.06) -> tuple[list[str], list[str]]:

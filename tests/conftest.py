@@ -65,7 +65,7 @@ def build(model_type: str, norm: bool | None = None, **overrides: Any) -> PreTra
     for index, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
             sizes = torch.linspace(0.7, 1.3, len(layer.mlp.experts.down_proj)).roll(index)[:, None, None]
-            layer.mlp.experts.down_proj.data *= sizes * (0.7 if index == 1 + len(model_type) % 3 else 1.5)
+            layer.mlp.experts.down_proj.data *= sizes * (1.2 if index == 1 + len(model_type) % 3 else 2.5)
     return model
 
 

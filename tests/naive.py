@@ -65,9 +65,6 @@ def distance(metric: str, targets: list[Tensor], candidates: list[Tensor]) -> fl
     return sum(float(tokens.sum()) / len(tokens) for tokens in per_token) / len(per_token)
 
 
-# --- one layer ---
-
-
 def naive_expert(block: nn.Module, expert: int, x: Tensor, act: Act = functional.silu) -> Tensor:
     """`E_i(x)` from the raw weights, which a few architectures stack in their own way."""
     experts = block.experts
@@ -95,19 +92,12 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, act: Act = funct
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 
-class NaiveCondensed(nn.Module):
+def naive_block(x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, act: Act = functional.silu) -> Tensor:
     """`shared + sum g_i E_i` for every token."""
-
-    def __init__(self, block: nn.Module, owner: nn.Module, choice: Choice, act: Act = functional.silu) -> None:
-        super().__init__()
-        self.parts = (block, owner, choice, act)  # in a tuple they are no submodules
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, owner, choice, act = self.parts
-        y = naive_shared(block, owner, x, act)
-        for expert, gate in zip(*choice, strict=True):
-            y = y + gate * naive_expert(block, expert, x, act)
-        return y
+    y = naive_shared(block, owner, x, act)
+    for expert, gate in zip(*choice, strict=True):
+        y = y + gate * naive_expert(block, expert, x, act)
+    return y
 
 
 # --- the model ---
@@ -124,23 +114,22 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(model.base_model, "layers", None) or model.base_model.blocks
 
 
-def block_name(layer: nn.Module) -> str | None:
-    """The name of a decoder layer's sparse block."""
-    return next((name for name, child in layer.named_children() if hasattr(child, "experts")), None)
+def sparse_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
+    layers = enumerate(layers_of(model))
+    return {index: child for index, layer in layers for child in layer.children() if hasattr(child, "experts")}
 
 
 @contextmanager
 def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[None]:
-    """The model with some sparse blocks replaced, for a while."""
-    owners = {index: layers_of(model)[index] for index in choices}
-    blocks = {index: (name := block_name(owner), getattr(owner, name)) for index, owner in owners.items()}
-    for index, (name, block) in blocks.items():
-        setattr(owners[index], name, NaiveCondensed(block, block, choices[index]))
+    """The model with other things done by some sparse blocks, for a while; shared experts of layers stay there."""
+    blocks = {index: block for index, block in sparse_blocks(model).items() if index in choices}
+    for index, block in blocks.items():
+        block.forward = partial(naive_block, block=block, owner=block, choice=choices[index])
     try:
         yield
     finally:
-        for index, (name, block) in blocks.items():
-            setattr(owners[index], name, block)
+        for block in blocks.values():
+            del block.forward
 
 
 @torch.no_grad()
@@ -196,16 +185,14 @@ def naive_gates(model: PreTrainedModel, sequences: Sequence[Ids]) -> dict[int, d
     """
     double = naive_double(model)
     gates = {}
-    for index, layer in enumerate(layers_of(double)):
-        if block_name(layer) is None:
-            continue
+    for index, block in sparse_blocks(double).items():
         collected: dict[int, list[float]] = {}
-        for inputs, outputs in watch(double, sequences, layer.mlp):
+        for inputs, outputs in watch(double, sequences, block):
             for x, y in zip(inputs, outputs, strict=True):
-                weights = naive_route(model.config, layer.mlp.gate, x)
+                weights = naive_route(model.config, block.gate, x)
                 for expert, weight in weights.items():
                     collected.setdefault(expert, []).append(weight)
-                again = NaiveCondensed(layer.mlp, layer, (list(weights), list(weights.values())))(x)
+                again = naive_block(x, block, block, (list(weights), list(weights.values())))
                 torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-6)
         gates[index] = {e: sum(values) / len(values) for e, values in sorted(collected.items())}
     return gates

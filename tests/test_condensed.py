@@ -46,7 +46,7 @@ from .conftest import (
     state,
     uniform,
 )
-from .naive import NaiveCondensed
+from .naive import naive_block
 from .tiny_models import ARCHITECTURES, random_ids, tiny_model
 
 
@@ -64,7 +64,7 @@ def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
         raw, owner = double.get_submodule(block.path), double.get_submodule(block.path.rpartition(".")[0])
         for kept in ([], [5], [3, 0, 7, 1, 2, 6, 4, 5]):
             gates = torch.randn(len(kept), generator=generator).tolist()
-            expected = NaiveCondensed(raw, owner, (kept, gates), act)(x.double())
+            expected = naive_block(x.double(), raw, owner, (kept, gates), act)
             mlp = fold(block, kept, gates)
             assert mlp.gate_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
             assert (mlp(x) - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))

@@ -180,9 +180,6 @@ def test_ties_go_to_the_lower_index(twins: tuple[int, int], cache_memory: str, r
             assert order.experts.index(twins[0]) < order.experts.index(twins[1])
 
 
-# --- what a search leaves behind ---
-
-
 @pytest.fixture
 def mixed_modes() -> Iterator[PreTrainedModel]:
     """A model, partly in training mode, that must come out as it went in."""
