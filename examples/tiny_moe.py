@@ -34,17 +34,16 @@ MODEL = {
     "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "intermediate_size": 320,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 32,
     "n_routed_experts": 32,
     "num_experts_per_tok": 4,
-    "n_shared_experts": 1,
+    "n_shared_experts": 2,
     "first_k_dense_replace": 0,
     "norm_topk_prob": True,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-TRAINING = {"steps": 800, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
+TRAINING = {"steps": 900, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
 
 
 def corpus(held_out_share: float = 0.06) -> tuple[list[str], list[str]]:
