@@ -12,7 +12,7 @@ from .calibration import Calibration, load_calibration
 from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
 from .config import CondenseConfig
 from .layerwise import searching
-from .loading import hub_kwargs, load_condensed, sketch_model
+from .loading import check_whole, hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
 from .search import PlanSearch, check_methods
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
@@ -79,7 +79,9 @@ def condense_pretrained(
     data = load_calibration(
         calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
     )
-    loaded = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
+    opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
+    loaded, loading_info = opened
+    check_whole(loaded, loading_info)
     return apply_plan(loaded, search_plan(loaded, config, calibration=data))
 
 

@@ -6,6 +6,7 @@ a layer does around its block is found by running it again with everything befor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class LayerStream:
         self._num_results = 0
         self._carried: dict[str, int] = {}
         self._head: list[nn.Module] = []
+        self._wide: list[nn.Module] | None = None
         self._learn_form()
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
@@ -72,10 +74,18 @@ class LayerStream:
 
     @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
-        """The model's last hidden state (after the final norm) for the output of the last decoder layer, `[..., H]`."""
-        for module in self._head:
+        """The model's last hidden state (after the final norm) for the output of the last decoder layer, `[..., H]`.
+
+        Float32 is kept float32, also where the model computes in half precision.
+        """
+        for module in self._head if hidden.dtype == self.model.dtype else self._wide_head():
             hidden = module(hidden)
         return hidden
+
+    def _wide_head(self) -> list[nn.Module]:
+        if self._wide is None:
+            self._wide = [copy.deepcopy(module).float() for module in self._head]
+        return self._wide
 
     @torch.no_grad()
     def logits(self, last_hidden: Tensor, batch: int) -> Tensor:

@@ -51,7 +51,9 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
     counts = {block.layer: block.num_experts for block in blocks}
     loader = _loader_class(type(sketch), kept, counts)
-    model = loader.from_pretrained(path, **model_kwargs)
+    opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    model, loading_info = opened
+    check_whole(model, loading_info)
     model.__class__ = type(sketch)
     renumbered = [replace(layer, experts=list(range(len(layer.experts)))) for layer in plan.layers]
     small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
@@ -75,6 +77,19 @@ def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any] | None = 
     config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))
+
+
+def check_whole(model: PreTrainedModel, loading_info: Any) -> None:
+    """Checks that all weights of a model that `from_pretrained` returned came from the checkpoint.
+
+    Raises:
+        ValueError: naming weights that transformers made up, for it only warns.
+    """
+    lost = {str(key) for key in loading_info.get("missing_keys", ())}
+    lost |= {str(key[0]) for key in loading_info.get("mismatched_keys", ())}
+    if lost:
+        some = sorted(lost)[:3]
+        raise ValueError(f"The checkpoint {model.name_or_path!r} lacks {len(lost)} of its weights, such as {some}.")
 
 
 def _loader_class(

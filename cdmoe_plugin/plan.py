@@ -162,8 +162,8 @@ class CondensePlan:
         return cls(
             layers=[CondensedLayer.from_dict(row, f"layers[{i}]") for i, row in enumerate(layers)],
             model=None if fields["model"] is None else ModelShape.from_dict(fields["model"]),
-            config=_optional_mapping(fields["config"], "config"),
-            calibration=_optional_mapping(fields["calibration"], "calibration"),
+            config=_flat_mapping(fields["config"], "config"),
+            calibration=_flat_mapping(fields["calibration"], "calibration"),
             layer_divergences=divergences,
         )
 
@@ -334,8 +334,19 @@ def _mapping(values: Any, where: str) -> Mapping[str, Any]:
     return values
 
 
-def _optional_mapping(values: Any, where: str) -> dict[str, Any] | None:
-    return None if values is None else dict(_mapping(values, where))
+def _flat_mapping(values: Any, where: str) -> dict[str, Any] | None:
+    """An object of plain values (texts, numbers, None, or lists of whole numbers), or None."""
+    if values is None:
+        return None
+    for name, value in _mapping(values, where).items():
+        if isinstance(value, list):
+            for item in value:
+                _whole(item, f"{where}.{name}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            _real(value, f"{where}.{name}")
+        elif value is not None and not isinstance(value, (str, bool)):
+            raise ValueError(f"`{where}.{name}` should be a plain value, but is {_short(value)}.")
+    return dict(values)
 
 
 def _list(values: Any, where: str) -> list[Any]:

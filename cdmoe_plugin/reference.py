@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .config import is_int
 from .plan import CondensedLayer, CondensePlan, read_json
 
 
@@ -36,6 +37,8 @@ def plan_from_reference(
     order = _read(layer_order, list, "layer_order")
     rows = []
     for index in order:
+        if not is_int(index):
+            raise ValueError(f"`layer_order` should list layers by their numbers, but has layer {index!r}.")
         chosen = experts.get(str(index))
         if not isinstance(chosen, list):
             raise ValueError(f"`expert_order` has no list of experts for layer {index!r} of `layer_order`.")
@@ -67,4 +70,6 @@ def _mean_gate(weights: Mapping[str, Any], layer: int, expert: int) -> float:
             f"`expert_weights` has no [sum, tokens, mean] for expert {expert} of layer {layer}: no token chose it, so "
             "it has no gate and can't be kept."
         )
+    if not isinstance(entry[2], (int, float)) or isinstance(entry[2], bool):
+        raise ValueError(f"`expert_weights` has {entry[2]!r} as mean gate of expert {expert} of layer {layer}.")
     return float(entry[2])

@@ -31,11 +31,6 @@ torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for eac
 logging.disable_progress_bar()
 
 
-def known_bug(reason: str) -> pytest.MarkDecorator:
-    """For a test that is right about a bug; it fails as soon as the bug is gone, and the mark goes too."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 TYPES = [name for name in ARCHITECTURES if available(name)]
 SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
 # AutoModelForCausalLM does not know mistral4
@@ -47,8 +42,6 @@ FOLDS: list[tuple[str, dict[str, Any]]] = [
     ("granitemoeshared", {"shared_width": 0}),
     ("qwen2_moe", {"hidden_act": "gelu"}),
 ]
-NARROW = ("ernie4_5_moe", "hy_v3", "qwen4_exp_text", "dbrx", "phimoe")
-IN_HALF = [pytest.param(n, marks=known_bug("float32 meets half")) if n in NARROW else n for n in SEARCHABLE]
 IDS = random_ids(3, 9)
 
 

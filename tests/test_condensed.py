@@ -32,14 +32,12 @@ from .conftest import (
     FOLDS,
     FROM_DISK,
     IDS,
-    IN_HALF,
     SEARCHABLE,
     Reads,
     differing,
     experts_read,
     in_layer,
     keys_on_disk,
-    known_bug,
     output,
     some_plan,
     sparse_model,
@@ -94,7 +92,7 @@ def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
         assert abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0]
 
 
-@pytest.mark.parametrize("model_type", IN_HALF)
+@pytest.mark.parametrize("model_type", SEARCHABLE)
 def test_search_in_bfloat16(model_type: str) -> None:
     half = tiny_model(model_type, dtype=torch.bfloat16)
     config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
@@ -152,7 +150,6 @@ def test_loading_options(kwargs: dict[str, Any], tmp_path: Path) -> None:
     assert found.dtype == kwargs.get("dtype", torch.float32)
 
 
-@known_bug("random weights are folded")
 @pytest.mark.parametrize("lost", ["layers.2.mlp.experts", "layers.2.mlp.shared_expert.", "layers.1.self_attn.q_proj"])
 def test_a_checkpoint_with_missing_weights_is_refused(lost: str, tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)

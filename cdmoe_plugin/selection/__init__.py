@@ -12,6 +12,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+# Scores so near to each other are equal but for rounding, which depends on an expert's place in a batched product.
+_TIE = 1e-6
+
+
+def least(scores: Mapping[int, float]) -> int:
+    """The index of the smallest score; ties (to a relative 1e-6, the rounding of float32) go to the lower index."""
+    best = min(scores.values())
+    return min(index for index, score in scores.items() if score <= best + _TIE * abs(best))
+
+
 def lookup(registry: Mapping[str, T], name: str, field: str) -> T:
     """The method registered under a name.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layerwise import LayerCall
 from ..sparse import SparseBlock
+from . import least
 
 # Expert outputs are computed for so many numbers at a time, and candidates compared for so many: the second is small
 # enough for a CPU's cache, and large enough for a GPU.
@@ -72,7 +73,7 @@ def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     for _ in range(num_experts):
         divergences = comparison.with_each()
         steps.append({expert: divergences[expert] for expert in data.candidates if expert not in experts})
-        best = min(steps[-1], key=lambda expert: (steps[-1][expert], expert))
+        best = least(steps[-1])
         experts.append(best)
         scores.append(steps[-1][best])
         comparison.keep(best)

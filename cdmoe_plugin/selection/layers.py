@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..layerwise import LayerStream, State
+from . import least
 
 # What a candidate layer does while it stands condensed in the model.
 Condense = Callable[[int], AbstractContextManager[None]]
@@ -79,7 +80,7 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
                     data.known[name] = _finite(path.divergence(layer, target), layer)
                 scores[layer] = data.known[name]
                 progress.update()
-            best = min(scores, key=lambda layer: (scores[layer], layer))
+            best = least(scores)
             order.layers.append(best)
             order.scores.append(scores[best])
             order.rounds.append(scores)
