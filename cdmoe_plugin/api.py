@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -60,6 +61,8 @@ def condense_pretrained(
     check_methods(config)
     if plan is not None and not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
+    if "output_loading_info" in model_kwargs:
+        raise ValueError("`output_loading_info` is not supported: a checkpoint that lacks weights is refused anyway.")
     if plan is not None and given:
         _warn_of_disagreement(config, plan)
     if isinstance(model, PreTrainedModel):
@@ -160,7 +163,10 @@ def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -
     if not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
     blocks = _open_blocks(model)
-    plan.check_fits(model_shape(model, blocks))
+    shape = model_shape(model, blocks)
+    plan.check_fits(shape)
+    if plan.model is None:
+        plan = replace(plan, model=shape)
     parameters_before = model.num_parameters()
     specs = apply_layers(model, blocks, plan.layers)
     become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)

@@ -141,6 +141,8 @@ def _bar_chart(divergences: dict[int, float], chosen: Sequence[int]) -> Figure:
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_xlabel("decoder layer condensed alone (orange: chosen by the plan)")
     axes.set_ylabel("divergence of the output")
+    # The first layers often matter a hundred times as much as those in the middle.
+    axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
