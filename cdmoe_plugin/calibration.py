@@ -231,11 +231,16 @@ def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) ->
         return tokenizer(samples, truncation=True, max_length=max_length)["input_ids"]
     sequences = []
     for i, sample in enumerate(samples):
-        ids = sample.tolist() if hasattr(sample, "tolist") else list(sample)
+        ids = sample.reshape(-1).tolist() if _is_row(sample) else list(sample)
         if not all(is_int(token) and token >= 0 for token in ids):
             raise ValueError(f"Calibration sample {i} should be a list of token ids, but is {str(sample)[:60]}.")
         sequences.append(ids)
     return sequences
+
+
+def _is_row(sample: Any) -> bool:
+    """Whether a sample is a tensor or array `[T]`, or `[1, T]` as tokenizers return it."""
+    return hasattr(sample, "tolist") and (sample.ndim == 1 or (sample.ndim == 2 and sample.shape[0] == 1))
 
 
 def _strip_padding(ids: list[int], special: Any) -> list[int]:

@@ -14,8 +14,9 @@ from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
 from .divergence import METRICS
-from .layerwise import LayerRecorder, LayerStream, State
+from .layerwise import LayerStream, State
 from .plan import CondensedLayer
+from .playback import LayerRecorder
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
 from .selection.gates import GATES

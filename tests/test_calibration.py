@@ -78,6 +78,7 @@ TEXT_SOURCES: dict[str, Callable[[Path], Any]] = {
 ID_SOURCES: dict[str, Callable[[Path], Any]] = {
     "lists": lambda tmp: IDS,
     "tensors": lambda tmp: tuple(torch.tensor(ids) for ids in IDS),
+    "rows": lambda tmp: [torch.tensor([ids]) for ids in IDS],
     "arrays": lambda tmp: [torch.tensor(ids).numpy() for ids in IDS],
     "padded tensor": lambda tmp: torch.tensor([ids + [PAD] * (20 - len(ids)) for ids in IDS]),
     "padded on the left": lambda tmp: torch.tensor([[PAD] * (20 - len(ids)) + ids for ids in IDS]),

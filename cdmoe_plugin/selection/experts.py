@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..layerwise import LayerCall
+from ..playback import LayerCall
 from ..sparse import SparseBlock
 from . import least
 

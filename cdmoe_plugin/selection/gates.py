@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..layerwise import LayerCall
+from ..playback import LayerCall
 
 
 def mean_gates(calls: Sequence[LayerCall], num_experts: int) -> Tensor:

@@ -1,0 +1,181 @@
+"""Takes a decoder layer apart at its sparse block, and runs what is around the block again on stand-ins for its output.
+
+What a layer does around its block (a residual, a norm, a factor, several residual streams) is not looked up anywhere:
+everything that came before the block is played back, and the rest is run as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .layerwise import LayerStream, State
+from .sparse import Routing, SparseBlock, UnsupportedModelError, patched_forward
+
+
+@dataclass
+class LayerCall:
+    """One decoder layer on one batch, taken apart at its sparse block; T counts the tokens that are no padding.
+
+    Args:
+        inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
+        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`.
+        routing (`Routing`): What the router decided for the T tokens.
+        tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to the layer's output, float32.
+        token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    routing: Routing
+    tail: Tail
+    token_weights: Tensor
+
+
+class LayerRecorder:
+    """Runs one decoder layer on batches and takes it apart at its sparse block."""
+
+    def __init__(self, stream: LayerStream, block: SparseBlock) -> None:
+        self.stream = stream
+        self.block = block
+        self.owner = stream.layers[block.layer]
+        own = {id(block.module), id(block.shared) if block.shared_name else None}
+        self.others = [child for child in self.owner.children() if id(child) not in own]
+
+    @torch.no_grad()
+    def record(self, state: State, batch: int, token_weights: Tensor) -> tuple[LayerCall, State]:
+        """Runs the layer on its input for a batch; returns the parts and what it hands to the next layer."""
+        seen: dict[str, Any] = {"block": None, "shared": None}
+        before: dict[int, list[Any]] = {id(child): [] for child in self.others}
+
+        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen["block"] = (args[0], output)
+
+        def on_other(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if seen["block"] is None:
+                before[id(module)].append(output)
+
+        def on_shared(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            seen["shared"] = output
+
+        with ExitStack() as stack:
+            stack.callback(self.block.module.register_forward_hook(on_block).remove)
+            for child in self.others:
+                stack.callback(child.register_forward_hook(on_other).remove)
+            if self.block.shared_name and self.block.shared is not None:
+                stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
+            routes = stack.enter_context(self.block.recording_routes())
+            output = self.stream.run_layer(self.block.layer, state, batch)
+        block_input, target = seen["block"]
+        target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
+        valid = self.stream.valid(batch).to(target.device)
+        playback = _Playback(self, state, batch, before)
+        routing = Routing(*(part.view(*valid.shape, -1)[valid] for part in routes[0]))
+        call = LayerCall(
+            inputs=block_input[valid],
+            target=target[valid],
+            routing=routing,
+            tail=playback.tail(target, output[0], valid),
+            token_weights=token_weights.to(target.device),
+        )
+        return call, output
+
+
+class _Playback:
+    """A decoder layer's forward with all that came before the block played back, in float32."""
+
+    def __init__(self, recorder: LayerRecorder, state: State, batch: int, before: dict[int, list[Any]]) -> None:
+        self.recorder = recorder
+        self.state = (state[0].float(), *state[1:])
+        self.batch = batch
+        self.before = {key: pytree.tree_map(_float, outputs) for key, outputs in before.items()}
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The layer's output for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
+        recorder = self.recorder
+        with ExitStack() as stack:
+            for child in recorder.others:
+                outputs = iter(self.before[id(child)])
+                stack.enter_context(patched_forward(child, _play(outputs, child.forward)))
+            stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: y))
+            if recorder.block.shared_name and recorder.block.shared is not None:
+                nothing = torch.zeros_like(y)
+                stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))
+            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)[0]
+
+    def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
+        """What the layer makes of its block's output, on valid tokens; nearly always `offset + slope * y`."""
+        again = self(target)
+        precision = 8 * torch.finfo(output.dtype).eps
+        if not torch.allclose(again, output.float(), rtol=precision, atol=precision * float(output.abs().max())):
+            raise UnsupportedModelError(
+                f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) does more with its "
+                "block than can be played back."
+            )
+        offset = self(torch.zeros_like(target))
+        # A random stand-in as large as the rest of the sum tells a norm behind the block from a plain addition.
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(target.shape, generator=generator).to(target) * offset.std().clamp_min(1e-3)
+        change = self(noise) - offset
+        if change.shape == noise.shape:
+            slope = float((change * noise).sum(dtype=torch.float64) / noise.square().sum(dtype=torch.float64))
+            if (change - slope * noise).norm() <= 1e-4 * change.norm():
+                return AffineTail(offset[valid], 1.0 if abs(slope - 1.0) < 1e-5 else slope)
+        return PlaybackTail(self, valid)
+
+
+class AffineTail:
+    """A decoder layer that adds its block's output to what it has: `offset + slope * y`."""
+
+    divisible = True
+
+    def __init__(self, offset: Tensor, slope: float) -> None:
+        self.offset = offset  # [T, H]
+        self.slope = slope
+
+    def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The layer's output for `y` `[..., t, H]`, the `rows` of the T tokens."""
+        return torch.add(self.offset[rows], y, alpha=self.slope)
+
+
+class PlaybackTail:
+    """A decoder layer that does more with its block's output (a norm, several residual streams): run each time."""
+
+    divisible = False
+
+    def __init__(self, playback: _Playback, valid: Tensor) -> None:
+        self.playback = playback
+        self.valid = valid
+
+    def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The layer's output `[..., T, H']` for `y` `[..., T, H]` of all T tokens."""
+        assert rows == slice(None)
+        results = []
+        for candidate in y.reshape(-1, *y.shape[-2:]):
+            padded = torch.zeros(*self.valid.shape, y.shape[-1], device=y.device)
+            padded[self.valid] = candidate
+            results.append(self.playback(padded)[self.valid])
+        return torch.stack(results).reshape(*y.shape[:-2], *results[0].shape)
+
+
+Tail = AffineTail | PlaybackTail
+
+
+def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return next(outputs)
+        except StopIteration:
+            return live(*args, **kwargs)
+
+    return forward
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
