@@ -84,7 +84,8 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
             order.layers.append(best)
             order.scores.append(scores[best])
             order.rounds.append(scores)
-            path.choose(best)
+            if len(order.layers) < num_layers:
+                path.choose(best)
     return order
 
 
