@@ -75,10 +75,8 @@ def condense_pretrained(
     if plan is not None:
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
-    sketch = sketch_model(model, model_kwargs)
-    refuse_condensed(sketch)
-    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
-    check_config(config, find_sparse_blocks(sketch))
+    sketch, blocks = sketch_model(model, model_kwargs)
+    check_config(config, blocks)
     data = load_calibration(
         calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
     )

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
 from .plan import CondensePlan
-from .sparse import describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
+from .sparse import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
 
 # On disk an expert has its own tensors ("...layers.3.mlp.experts.17.up_proj.weight", whatever the names around the
 # numbers), or all experts of a layer share one.
@@ -42,10 +42,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if the plan does not fit the model; before any weight is read.
     """
-    sketch = sketch_model(path, model_kwargs)
-    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
-    refuse_condensed(sketch)
-    blocks = find_sparse_blocks(sketch)
+    sketch, blocks = sketch_model(path, model_kwargs)
     shape = model_shape(sketch, blocks)
     plan.check_fits(shape)
     kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
@@ -71,12 +68,19 @@ def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
-def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The causal language model of a checkpoint on the meta device, from its config alone: all shapes, no memory."""
-    kwargs = model_kwargs or {}
-    config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
+def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[SparseBlock]]:
+    """The model of a sparse checkpoint on the meta device, from its config alone, and its sparse blocks.
+
+    Raises:
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        ValueError: if the checkpoint is condensed already, or is or would be quantised.
+    """
+    config = model_kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_kwargs(model_kwargs))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))
+        sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=model_kwargs.get("trust_remote_code"))
+    refuse_condensed(sketch)
+    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
+    return sketch, find_sparse_blocks(sketch)
 
 
 def check_whole(model: PreTrainedModel, loading_info: Any) -> None:

@@ -15,7 +15,7 @@ from .config import CondenseConfig
 from .loading import sketch_model
 from .modeling_cdmoe import MODEL_CARD_MARK
 from .plan import CondensedLayer, CondensePlan
-from .sparse import check_config, find_sparse_blocks, model_shape
+from .sparse import check_config, model_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +94,7 @@ def dry_run(
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if the request does not fit the model.
     """
-    sketch = sketch_model(model_name_or_path, hub)
-    blocks = find_sparse_blocks(sketch)
+    sketch, blocks = sketch_model(model_name_or_path, hub)
     if isinstance(request, CondensePlan):
         request.check_fits(model_shape(sketch, blocks))
         experts = {layer.layer: len(layer.experts) for layer in request.layers}

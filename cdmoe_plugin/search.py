@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -94,10 +93,8 @@ class PlanSearch:
             for layer, (order, gates) in experts.items()
         }
 
-        @contextmanager
-        def condense(layer: int) -> Iterator[None]:
-            with standing_in(self.model, self.blocks[layer], mlps[layer]):
-                yield
+        def condense(layer: int) -> AbstractContextManager[None]:
+            return standing_in(self.model, self.blocks[layer], mlps[layer])
 
         data = LayerSearchData(
             stream=self.stream,

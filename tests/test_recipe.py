@@ -86,6 +86,13 @@ def test_dry_run_needs_the_config_alone(
     assert f"{1 - after / before:.1%}" in table
 
 
+def test_dry_run_refuses_a_condensed_checkpoint(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    calibration = ("--calibration", checkpoint / "texts.jsonl", "--layers", 1, "--num_experts", 1)
+    run(recipe, "--model_name_or_path", checkpoint, *calibration, "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match="condensed already"):
+        run(recipe, "--model_name_or_path", tmp_path / "out", "--dry_run", "--num_layers", 1)
+
+
 def test_deepseek_moe_16b_as_in_the_paper(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
