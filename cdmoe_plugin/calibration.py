@@ -16,16 +16,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .config import CondenseConfig, is_int
+from .sources import C4_FILES, C4_NAME, TEXTS, is_local, open_file, open_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
-# The paper's calibration data: the first shard of C4's English training split, in which samples are drawn.
-C4_NAME = "allenai/c4"
-C4_FILES = "en/c4-train.00000-of-01024.json.gz"
-_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEXT_COLUMNS = ("text", "content")
 
 
@@ -120,9 +117,9 @@ def _open(source: Any) -> tuple[str, Iterable[Any]]:
     if source is None:
         return f"{C4_NAME} ({C4_FILES})", _stream_hub(C4_NAME, data_files={"train": C4_FILES})
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.exists() or path.suffix in _FORMATS:
-            return str(source), _open_file(path)
+        if is_local(source, TEXTS):
+            dataset = open_file(Path(source), "calibration", TEXTS)
+            return str(source), [] if dataset is None else _column(dataset)
         return str(source), _stream_hub(str(source))
     if isinstance(getattr(source, "column_names", None), dict):
         raise ValueError(f"The calibration data has the splits {list(source)}: pass one of them.")
@@ -141,32 +138,9 @@ def _open(source: Any) -> tuple[str, Iterable[Any]]:
     )
 
 
-def _open_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"The calibration file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"The calibration file {path} should end in one of {', '.join(_FORMATS)}.")
-    if path.stat().st_size == 0:
-        return []
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
-        raise ValueError(f"The calibration file {path} can't be read: {error.__cause__ or error}") from error
-    return _column(dataset)
-
-
 def _stream_hub(name: str, **kwargs: Any) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return _column(load_dataset(name, split="train", streaming=True, **kwargs))
-    except Exception as error:
-        raise ValueError(
-            f"The calibration data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). "
-            "Pass `calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
-        ) from error
+    advice = "Pass `calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
+    return _column(open_hub(name, "calibration", advice, streaming=True, **kwargs))
 
 
 def _column(dataset: Any) -> Any:

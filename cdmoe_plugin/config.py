@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
 
 
 def _help(text: str, default: Any) -> Any:
@@ -123,3 +123,17 @@ class CondenseConfig:
 def is_int(value: object) -> bool:
     """Whether `value` is a whole number (and not a bool, which Python counts among them)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def condense_arguments(prefix: str = "") -> type:
+    """A dataclass of `CondenseConfig`'s fields for `HfArgumentParser` or `TrlParser`, each None where it is not given.
+
+    Args:
+        prefix (`str`, defaults to `""`): Put before every name, where the parser has other arguments of the same names.
+    """
+    hints = get_type_hints(CondenseConfig)
+    rows: list[Any] = []
+    for f in fields(CondenseConfig):
+        help_text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        rows.append((prefix + f.name, hints[f.name] | None, field(default=None, metadata={"help": help_text})))
+    return make_dataclass("CondenseConfigArguments", rows)

@@ -46,24 +46,36 @@ MODEL = {
 TRAINING = {"steps": 900, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
 
 
-def corpus(held_out_share: float = 0.06) -> tuple[list[str], list[str]]:
+def corpus() -> tuple[list[str], list[str]]:
     """Documents for training and, of other files and topics, held-out documents."""
-    sources = [[topics[name]] for name in sorted(topics)]
-    sources += [docstrings(file) for file in library_files()]
+    train, held_out = split_documents()
+    return [text for text, _ in train], [text for text, _ in held_out]
+
+
+def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows in the form of commonsense170k, from the files of the training documents and of the held-out ones."""
+    rows = [[row for _, file in part if file for row in questions_about(file)] for part in split_documents()]
+    return rows[0], rows[1]
+
+
+def split_documents(held_out_share: float = 0.06) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
+    """Documents and the files that they are from, for training and held out."""
+    sources: list[tuple[list[str], Path | None]] = [([topics[name]], None) for name in sorted(topics)]
+    sources += [(docstrings(file), file) for file in library_files()]
     seen: set[str] = set()
     documents = []
-    for pieces in sources:
+    for pieces, file in sources:
         new = [piece for piece in pieces if (key := " ".join(piece.lower().split())) and key not in seen]
         seen.update(" ".join(piece.lower().split()) for piece in new)
         document = "\n\n".join(new)
         if len(document) >= 200:
-            documents.append(document)
+            documents.append((document, file))
     random.Random(0).shuffle(documents)
-    total, share = sum(map(len, documents)), 0
+    total, share = sum(len(text) for text, _ in documents), 0
     held_out = []
     while share < held_out_share * total:
         held_out.append(documents.pop())
-        share += len(held_out[-1])
+        share += len(held_out[-1][0])
     return documents, held_out
 
 
@@ -79,13 +91,29 @@ def library_files() -> Iterator[Path]:
 
 def docstrings(file: Path) -> list[str]:
     """All docstrings of a module."""
+    return [text for _, text in documented(file)]
+
+
+def documented(file: Path) -> list[tuple[str, str]]:
+    """Everything in a module that has a docstring: its name ("" for the module), and the docstring."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return [text for text in found if text]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [(name, text) for name, text in found if text]
+
+
+def questions_about(file: Path) -> list[dict[str, str]]:
+    """What the functions and classes of a module do, by the first sentence of their docstrings."""
+    rows = []
+    for name, text in documented(file):
+        answer = " ".join(text.split("\n\n")[0].split())
+        if name and 20 <= len(answer) <= 200:
+            question = f"What does `{name}` of the Python module `{file.stem}` do?"
+            rows.append({"instruction": question, "input": "", "output": answer, "answer": answer})
+    return rows
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -171,3 +199,12 @@ def train_or_load(cache_dir: Path) -> tuple[Any, PreTrainedTokenizerFast, list[s
             shutil.rmtree(unfinished, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
     return model, AutoTokenizer.from_pretrained(folder), texts, held_out
+
+
+def write_training_data(folder: Path) -> None:
+    """Writes lm.jsonl, sft.json and the same with "_held_out", as recipes/lm_then_sft.py reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts, rows in zip(("", "_held_out"), corpus(), questions(), strict=True):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"lm{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"sft{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -21,13 +21,13 @@ python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-bas
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from cdmoe_plugin import CondenseConfig
+from cdmoe_plugin.config import condense_arguments
 
 
 @dataclass
@@ -57,16 +57,6 @@ class CondenseArguments:
     max_shard_size: str = field(default="5GB", metadata={"help": "Size of the saved checkpoint's files, at most."})
 
 
-def search_arguments() -> type:
-    """The fields of `CondenseConfig` as arguments, None where not given: a plan is only cut where it is asked for."""
-    hints = get_type_hints(CondenseConfig)
-    rows: list[Any] = []
-    for f in dataclasses.fields(CondenseConfig):
-        help_text = f"{f.metadata['help']} (default: {f.default})" if f.default is not None else f.metadata["help"]
-        rows.append((f.name, hints[f.name] | None, field(default=None, metadata={"help": help_text})))
-    return dataclasses.make_dataclass("SearchArguments", rows)
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not None, which stands for "not given"."""
 
@@ -78,7 +68,7 @@ def make_parser() -> Any:
     from trl import TrlParser
 
     return TrlParser(
-        (CondenseArguments, search_arguments()),
+        (CondenseArguments, condense_arguments()),
         description="Condense a sparse Mixture-of-Experts model.",
         formatter_class=HelpFormatter,
     )

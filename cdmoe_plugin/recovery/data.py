@@ -1,0 +1,136 @@
+"""The two stages' training data, in the forms that TRL's SFTTrainer knows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers.utils import logging
+
+from ..sources import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.get_logger(__name__)
+
+# What a row may look like, and which further columns TRL reads beside these. The first that fits is used.
+_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("input_ids",): ("labels", "completion_mask", "assistant_masks"),
+    ("messages",): ("tools", "chat_template_kwargs"),
+    ("conversations",): ("tools", "chat_template_kwargs"),
+    ("prompt", "completion"): ("tools", "chat_template_kwargs"),
+    ("instruction", "output"): ("input",),
+    ("text",): (),
+}
+_EXPECTED = (
+    "`text`; `prompt` and `completion`; `messages`; `instruction` and `output`, with or without `input` "
+    "(commonsense170k); or token ids as `input_ids`"
+)
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Rows to train on, rows to measure on that are never trained on, and where they are from."""
+
+    train: Dataset
+    held_out: Dataset
+    source: str
+
+
+def load_stage_data(
+    stage: str,
+    source: str | os.PathLike | Dataset | None,
+    *,
+    held_out: str | os.PathLike | Dataset | None = None,
+    num_examples: int | None = None,
+    num_held_out: int = 512,
+    seed: int = 42,
+) -> StageData:
+    """Opens a stage's data and sets rows aside to measure on.
+
+    Args:
+        stage (`str`): "lm" or "sft"; names the options in error messages.
+        source: None (C4's first English shard, as in the paper), a name on the hub, a local .json/.jsonl/.parquet file,
+            or a `Dataset`. Rows are `text`, `prompt` and `completion`, `messages`, token ids as `input_ids`, or
+            commonsense170k's `instruction`, `input`, `output`, `answer`.
+        held_out (*optional*): The same for rows to measure on; by default rows of `source`, a tenth of them at most.
+        num_examples (`int`, *optional*): How many rows are trained on, drawn by `seed`; all by default.
+        num_held_out (`int`, defaults to 512): How many rows are measured on, at most.
+        seed (`int`, defaults to 42): Seed of the draw.
+
+    Raises:
+        ValueError: if the source can't be opened, has none of these columns, or has fewer than two rows with text.
+    """
+    # One process per machine reads and converts; the others find the result in the cache of `datasets`.
+    with PartialState().local_main_process_first():
+        name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
+        rows = _rows(stage, source, f"{stage}_dataset", seed)
+        if held_out is None:
+            count = min(num_held_out, len(rows) // 10) or 1
+            measured, rows = rows.select(range(count)), rows.select(range(count, len(rows)))
+        else:
+            measured = _rows(stage, held_out, f"{stage}_eval_dataset", seed)
+            measured = measured.select(range(min(num_held_out, len(measured))))
+        if num_examples is not None:
+            rows = rows.select(range(min(num_examples, len(rows))))
+    if not len(rows) or not len(measured):
+        raise ValueError(f"`{stage}_dataset` {name} has too few rows with text: at least two are needed.")
+    return StageData(rows, measured, name)
+
+
+def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
+    """The rows of one source in random order, converted."""
+    if source is None:
+        dataset = open_hub(C4_NAME, stage, f"Pass `--{option}` a local file.", data_files={"train": C4_FILES})
+    elif not isinstance(source, (str, os.PathLike)):
+        dataset = source
+    elif is_local(source, TABLES):
+        dataset = open_file(Path(source), stage, TABLES)
+    else:
+        dataset = open_hub(str(source), stage, f"Pass `--{option}` a local {'/'.join(TABLES)} file or another name.")
+    if dataset is None or not len(dataset):
+        raise ValueError(f"`{option}` {source} is empty.")
+    dataset = dataset.shuffle(seed=seed)
+    form = next((form for form in _FORMS if set(form) <= set(dataset.column_names)), None)
+    if form is None:
+        raise ValueError(f"`{option}` {source} has the columns {dataset.column_names}; expected are {_EXPECTED}.")
+    dataset = dataset.select_columns([*form, *(c for c in _FORMS[form] if c in dataset.column_names)])
+    before = len(dataset)
+    dataset = _convert(dataset, form, option, source)
+    if len(dataset) < before:
+        logger.warning(f"{before - len(dataset)} of {before} rows of `{option}` {source} have no text and are dropped.")
+    return dataset
+
+
+def _convert(dataset: Dataset, form: tuple[str, ...], option: str, source: Any) -> Dataset:
+    """Drops rows without text, and gives commonsense170k's the columns `prompt` and `completion`."""
+    texts = [name for name in ("text", "instruction", "input", "output") if name in dataset.column_names]
+    for name in texts:
+        kind = getattr(dataset.features[name], "dtype", type(dataset.features[name]).__name__)
+        if kind not in ("string", "large_string", "null"):
+            raise ValueError(f"Column `{name}` of `{option}` {source} should hold text, but holds {kind}.")
+    if form == ("text",):
+        return dataset.filter(lambda row: _has_text(row["text"]))
+    if form == ("instruction", "output"):
+        dataset = dataset.filter(lambda row: _has_text(row["instruction"]) and _has_text(row["output"]))
+        return dataset.map(to_prompt_and_completion, remove_columns=dataset.column_names)
+    if form == ("prompt", "completion"):
+        return dataset.filter(lambda row: bool(row["prompt"]) and bool(row["completion"]))
+    return dataset.filter(lambda row: bool(row[form[0]]))
+
+
+def _has_text(value: str | None) -> bool:
+    return value is not None and bool(value.strip())
+
+
+def to_prompt_and_completion(row: dict[str, Any]) -> dict[str, str]:
+    """A row of commonsense170k as `prompt` and `completion`.
+
+    The completion starts with a space, so that tokens do not merge across the border between the two.
+    """
+    question = "\n\n".join(part.strip() for part in (row["instruction"], row.get("input")) if _has_text(part))
+    return {"prompt": f"{question}\n\nAnswer:", "completion": f" {row['output'].strip()}"}

@@ -1,0 +1,222 @@
+"""The sparse model as teacher of the condensed one (Hinton et al., 2015, arXiv 1503.02531).
+
+All but the condensed layers is the same in both, so the teacher is the student with the sparse blocks put back for the
+length of a forward pass: only these blocks take memory besides.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..condensed import condensed_layers
+from ..loading import check_whole
+from ..plan import CondensePlan
+from ..sparse import SparseBlock, find_sparse_blocks, model_shape
+
+DistillationForm = Literal["logits", "blocks"]
+# Tokens whose logits are in memory at once.
+_CHUNK = 512
+
+
+class Distillation:
+    """What the sparse model says of a batch, and how far the condensed model is from it.
+
+    Args:
+        model (`PreTrainedModel`): The condensed model; of a PEFT model, the one inside.
+        blocks (`list[SparseBlock]`): The sparse blocks that condensed layers replaced, from the base model. They are
+            moved to where the condensed layers are.
+        form (`str`): "logits": KL divergence of the next token's distributions, `KL(teacher || student)`, both softened
+            by the temperature. "blocks": at every condensed layer, the squared error between its output and the sparse
+            block's for the same input, relative to the sparse block's output, token by token, mean over layers. Each
+            layer learns from its own error only, so no gradient flows between layers.
+        weight (`float`, defaults to 0.5): Share w of distillation in the loss, `(1 - w) · LM + w · distillation`.
+        temperature (`float`, defaults to 1.0): T of the form "logits"; its loss is multiplied by T².
+
+    Raises:
+        ValueError: if an argument is out of range, or if the blocks are not those that were condensed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: list[SparseBlock],
+        form: str,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+    ) -> None:
+        check_distillation(form, weight, temperature)
+        self.model = model
+        self.form = form
+        self.weight = weight
+        self.temperature = temperature
+        self.students = condensed_layers(model)
+        by_layer = {block.layer: block for block in blocks}
+        missing = [layer for layer in self.students if layer not in by_layer]
+        if missing:
+            raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
+        self.blocks = {layer: by_layer[layer] for layer in self.students}
+        for layer, block in self.blocks.items():
+            like = next(self.students[layer].parameters())
+            for module in filter(None, (block.module, block.shared)):
+                module.to(like.device).eval().requires_grad_(False)
+        self._scale = self._logit_scale() if form == "logits" else 1.0
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[Any, Tensor]]:
+        """Collects what the student's forward pass leaves: its last hidden state, or the condensed layers' inputs.
+
+        Gradient checkpointing runs layers again in the backward pass, when nobody watches any more.
+        """
+        seen: dict[Any, Tensor] = {}
+
+        def keep(key: Any) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+                seen[key] = output.last_hidden_state if key == "hidden" else args[0].detach()
+
+            return hook
+
+        with ExitStack() as stack:
+            if self.form == "logits":
+                stack.callback(self.model.base_model.register_forward_hook(keep("hidden")).remove)
+            else:
+                for layer, mlp in self.students.items():
+                    stack.callback(mlp.register_forward_pre_hook(keep(layer)).remove)
+            yield seen
+
+    def loss(self, seen: dict[Any, Tensor], inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """Sum over the tokens that predict a label, float32 scalar.
+
+        Args:
+            seen: What `watching` collected in the student's forward pass.
+            inputs: Arguments of that forward pass, without labels.
+            labels (`Tensor`): int64 `[B, S]`, -100 where there is nothing to learn.
+        """
+        predicts = torch.zeros_like(labels, dtype=torch.bool)
+        predicts[:, :-1] = labels[:, 1:] != -100
+        if self.form == "logits":
+            return self._logits_loss(seen["hidden"], inputs, predicts)
+        return self._blocks_loss(seen, predicts)
+
+    def _logits_loss(self, student: Tensor, inputs: dict[str, Any], predicts: Tensor) -> Tensor:
+        with torch.no_grad(), self._sparse_again():
+            teacher = self.model.base_model(**inputs).last_hidden_state
+        total = student.new_zeros((), dtype=torch.float32)
+        pairs = zip(student[predicts].split(_CHUNK), teacher[predicts].split(_CHUNK), strict=True)
+        for of_student, of_teacher in pairs:
+            # Recomputed in the backward pass: logits are far larger than anything else here.
+            total = total + checkpoint(self._divergence, of_student, of_teacher, use_reentrant=False)
+        return total * self.temperature**2
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Sum over tokens of `KL(teacher || student)` from last hidden states `[T, H]`."""
+        head: Any = self.model.get_output_embeddings()
+        p, q = (F.log_softmax(head(h).float() * self._scale / self.temperature, dim=-1) for h in (teacher, student))
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+
+    def _blocks_loss(self, seen: dict[Any, Tensor], predicts: Tensor) -> Tensor:
+        errors = []
+        for layer, mlp in self.students.items():
+            x = seen[layer].view(*predicts.shape, -1)
+            with torch.no_grad():
+                target = _block_output(self.blocks[layer], x)[predicts]
+            error = (mlp(x).float()[predicts] - target).square().sum(-1)
+            # Relative to each token's own size: a few tokens have outputs a thousand times larger than the rest.
+            errors.append((error / target.square().sum(-1).clamp_min(1e-8)).sum())
+        return torch.stack([error.to(errors[0].device) for error in errors]).mean()
+
+    @contextmanager
+    def _sparse_again(self) -> Iterator[None]:
+        """The student with the sparse blocks in their old places."""
+        places: list[tuple[nn.Module, str, nn.Module]] = []
+        for block in self.blocks.values():
+            parent_path, _, name = block.path.rpartition(".")
+            parent = self.model.base_model.get_submodule(parent_path)
+            places.append((parent, name, block.module))
+            if block.shared_name is not None and block.shared is not None:
+                places.append((parent, block.shared_name, block.shared))
+        before = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
+        try:
+            for parent, name, module in places:
+                setattr(parent, name, module)
+            yield
+        finally:
+            for parent, name, module in before:
+                setattr(parent, name, module)
+
+    @torch.no_grad()
+    def _logit_scale(self) -> float:
+        """The constant that the model multiplies its head's output with; measured, for configs name it in many ways."""
+        head: Any = self.model.get_output_embeddings()
+        ids = torch.arange(2, 6, device=head.weight.device)[None]
+        with eval_mode(self.model):
+            output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            raw = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        logits = output.logits.float()
+        scale = float((raw * logits).sum() / raw.square().sum())
+        if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
+            raise ValueError(
+                f"`distillation` on logits needs logits that are the head's output times a constant; those of "
+                f"{type(self.model).__name__} are not. Use the form 'blocks'."
+            )
+        return 1.0 if abs(scale - 1.0) < 0.01 else scale
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def check_distillation(form: str, weight: float, temperature: float) -> None:
+    """Raises a `ValueError` that names the option which is out of range."""
+    if form not in get_args(DistillationForm):
+        raise ValueError(f"`distillation` should be one of {', '.join(get_args(DistillationForm))}, but is {form!r}.")
+    if not 0.0 < weight <= 1.0:
+        raise ValueError(f"`distillation_weight` should be above 0 and at most 1, but is {weight}.")
+    if not temperature > 0.0:
+        raise ValueError(f"`distillation_temperature` should be above 0, but is {temperature}.")
+
+
+def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> list[SparseBlock]:
+    """The sparse blocks of a base model that a plan condenses. The rest of the model is opened too, and let go.
+
+    Args:
+        path (`str` or `os.PathLike`): Hub name or folder of the base model, as it was before it was condensed.
+        plan (`CondensePlan`): What was condensed.
+        **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: if the model has no sparse layers.
+        ValueError: if it is not the model that the plan was made for.
+    """
+    opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    teacher, loading_info = opened
+    check_whole(teacher, loading_info)
+    blocks = find_sparse_blocks(teacher)
+    plan.check_fits(model_shape(teacher, blocks))
+    condensed = {layer.layer for layer in plan.layers}
+    return [block for block in blocks if block.layer in condensed]
+
+
+def _block_output(block: SparseBlock, x: Tensor) -> Tensor:
+    """What a sparse block and its shared expert give for `x` `[B, S, H]`, float32 `[B, S, H]`."""
+    output = block.module(x)
+    output = output[0] if isinstance(output, tuple) else output
+    total = output.float().view(x.shape)
+    if block.shared_name is not None and block.shared is not None:
+        total = total + block.shared(x).float()
+    return total

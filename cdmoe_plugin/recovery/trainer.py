@@ -1,0 +1,197 @@
+"""TRL's SFTTrainer for a condensed model: only the condensed layers learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from ..training import condensed_module_names, unfreeze_condensed
+from .weights import load_condensed_weights
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from .distillation import Distillation
+
+logger = logging.get_logger(__name__)
+
+
+class CondensedSFTTrainer(SFTTrainer):
+    """`trl.SFTTrainer` that trains the condensed layers of a model, or LoRA on them, and nothing else.
+
+    Besides, it keeps what is trained in float32 (half precision would round most of a small update away), counts the
+    rows that TRL drops for their length, weighs every held-out token alike, gives the same result for any number of
+    processes with the same rows per step, and resumes from a checkpoint by reading the condensed layers' weights alone:
+    the rest never changes.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): A condensed model. Of a quantised one, the condensed layers must not
+            be quantised (see `quantised_around_condensed`), unless LoRA is put on them.
+        *args, **kwargs: As for `trl.SFTTrainer`.
+        peft_config (`PeftConfig`, *optional*): LoRA or the like; without `target_modules`, it goes on the condensed
+            layers' projections.
+        distillation (`Distillation`, *optional*): The sparse model as teacher.
+
+    Raises:
+        ValueError: if the model is not condensed, or if there is nothing to train.
+    """
+
+    _tag_names = ["trl", "sft", "cdmoe"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *args: Any,
+        peft_config: PeftConfig | None = None,
+        distillation: Distillation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.distillation = distillation
+        self.dropped_rows: dict[str, int] = {}
+        self._held_out_sum = [0.0, 0.0]
+        if peft_config is not None:
+            if getattr(peft_config, "target_modules", None) is None:
+                peft_config.target_modules = condensed_module_names(model)  # type: ignore[attr-defined]
+        elif not is_peft(model):
+            unfreeze_condensed(model)
+        with _trainable_although_quantised(model, has_adapters=peft_config is not None or is_peft(model)):
+            super().__init__(model, *args, peft_config=peft_config, **kwargs)
+        per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        self.train_dataset = fill_up(self.train_dataset, per_step)
+        self.eval_dataset = fill_up(self.eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.num_trained = sum(p.numel() for p in trained)
+        self.num_parameters = (self.model.get_base_model() if is_peft(self.model) else self.model).num_parameters()
+        if not self.num_trained:
+            raise ValueError("There is nothing to train: the condensed layers of this model have no parameters.")
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # these choose their own precision
+            for parameter in trained:
+                parameter.data = parameter.data.float()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss and, in training, the share of distillation."""
+        if self.distillation is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        with self.distillation.watching() as seen:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with self.accelerator.autocast():
+            rest = {name: value for name, value in inputs.items() if name != "labels"}
+            distance = self.distillation.loss(seen, rest, labels)
+        # Normalised as TRL normalises its own: by the tokens of all processes and accumulation steps, where known.
+        if num_items_in_batch is None:
+            distance = distance / (labels[:, 1:] != -100).sum().clamp_min(1)
+        else:
+            distance = distance / torch.as_tensor(num_items_in_batch).clamp_min(1).to(distance.device)
+            if self.args.average_tokens_across_devices:
+                distance = distance * self.accelerator.num_processes
+        self._metrics["train"]["distillation"].append(self.accelerator.reduce(distance.detach(), "mean").item())
+        weight = self.distillation.weight
+        return (1.0 - weight) * loss + weight * distance.to(loss.device)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Counts the rows that TRL drops because no token to learn is left within `max_length`."""
+        rest = (formatting_func, dataset_name)
+        before = len(dataset) if hasattr(dataset, "__len__") else None
+        if packing and args.packing_strategy == "bfd":
+            # This strategy cuts rows at `max_length` as well, but keeps those in which nothing is left to learn.
+            dataset = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
+            after = None if before is None else len(dataset)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, True, *rest)
+        else:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+            after = before if packing or before is None else len(dataset)
+        if before is not None and after is not None:
+            self.dropped_rows[dataset_name] = before - after
+            if after < before:
+                logger.warning(
+                    f"{before - after} of {before} rows of the {dataset_name} data are dropped: nothing to learn is "
+                    f"left in their first {args.max_length} tokens. A larger `max_length` keeps them."
+                )
+        return dataset
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
+        sums = self.accelerator.reduce(torch.stack([loss.detach().float() * tokens, tokens.float()]).double(), "sum")
+        for i, value in enumerate(sums.tolist()):
+            self._held_out_sum[i] += value
+        return loss, logits, labels
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """As `Trainer.evaluation_loop`, but its loss is the mean over tokens, not over batches of unequal size."""
+        self._held_out_sum = [0.0, 0.0]
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self._held_out_sum
+        if tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._checkpoints_are_plain():
+            load_condensed_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._checkpoints_are_plain():
+            load_condensed_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _checkpoints_are_plain(self) -> bool:
+        """Whether checkpoints are what `save_pretrained` writes: not adapters, not sharded by FSDP or DeepSpeed."""
+        return not (is_peft(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+
+def fill_up(dataset: Any, multiple: int) -> Any:
+    """Adds rows without labels to a prepared dataset, so that its length is a multiple of the rows per step.
+
+    The last step would otherwise see some rows twice if there are several processes, and so give another result than
+    one process does. A dataset without a length, or None, is returned as it is.
+    """
+    if not hasattr(dataset, "__len__") or isinstance(dataset, dict) or len(dataset) % multiple == 0:
+        return dataset
+    from datasets import Dataset, concatenate_datasets
+
+    row = dataset[0]
+    one = {"input_ids": row["input_ids"][:1], "labels": [-100], "seq_lengths": [1]}
+    one = {name: one.get(name) for name in dataset.column_names}
+    rows = Dataset.from_list([one] * (-len(dataset) % multiple), features=dataset.features)
+    return concatenate_datasets([dataset, rows])
+
+
+def is_peft(model: Any) -> bool:
+    """Whether a model is wrapped by PEFT."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+@contextmanager
+def _trainable_although_quantised(model: Any, has_adapters: bool) -> Iterator[None]:
+    """Lets `Trainer` accept a quantised model without adapters, of which `unfreeze_condensed` found weights to train.
+
+    It refuses all quantised models without adapters, for usually nothing in them could learn.
+    """
+    hides = getattr(model, "is_quantized", False) and not has_adapters
+    if hides:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if hides:
+            model.is_quantized = True

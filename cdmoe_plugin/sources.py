@@ -1,0 +1,61 @@
+"""Opens what users call data: a name on the hub, or a local file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# The paper's data, for calibration and for the language-modelling stage: the first shard of C4's English training split.
+C4_NAME = "allenai/c4"
+C4_FILES = "en/c4-train.00000-of-01024.json.gz"
+# Endings of local files, and the loader of `datasets` for each.
+TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TEXTS = {".txt": "text", **TABLES}
+
+
+def is_local(source: str | os.PathLike, formats: Mapping[str, str]) -> bool:
+    """Whether a source is meant as a local path: it exists, or it ends like one of the files that can be read."""
+    return Path(source).exists() or Path(source).suffix in formats
+
+
+def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
+    """Opens a local file as a `Dataset`; an empty file is None.
+
+    Args:
+        path (`Path`): The file.
+        what (`str`): What it is for, as error messages call it, such as "calibration".
+        formats (`Mapping[str, str]`): Endings that are read, and the loader of `datasets` for each.
+
+    Raises:
+        ValueError: if there is no such file, if it has another ending, or if it can't be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"The {what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+    if path.suffix not in formats:
+        raise ValueError(f"The {what} file {path} should end in one of {', '.join(formats)}.")
+    if path.stat().st_size == 0:
+        return None
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(formats[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        raise ValueError(f"The {what} file {path} can't be read: {error.__cause__ or error}") from error
+
+
+def open_hub(name: str, what: str, advice: str, **kwargs: Any) -> Any:
+    """Opens a dataset of the hub (by default its split "train"); `advice` ends the message where that fails.
+
+    Raises:
+        ValueError: if the hub can't be reached or has no such dataset.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, **{"split": "train", **kwargs})
+    except Exception as error:
+        raise ValueError(
+            f"The {what} data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). {advice}"
+        ) from error
