@@ -34,6 +34,9 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 PREFIX = "CDMoE"
 MODEL_TYPE_PREFIX = "cdmoe_"
@@ -42,6 +45,13 @@ MODELING_FILE = "modeling_cdmoe.py"
 MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
+
+
+class EmptyLinear(nn.Linear):
+    """A projection from or to nothing, of an MLP that kept no expert and has no shared one.
+
+    bitsandbytes divides by its width. transformers quantises `nn.Linear`s, and none of its subclasses.
+    """
 
 
 class CondensedMLP(nn.Module):
@@ -73,9 +83,10 @@ class CondensedMLP(nn.Module):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.shared_intermediate_size = shared_intermediate_size
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        linear = nn.Linear if intermediate_size > 0 else EmptyLinear
+        self.gate_proj = linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         self.act_fn = ACT2FN[hidden_act]
 
@@ -152,6 +163,44 @@ def silence_router_loss(model: PreTrainedModel) -> None:
                 setattr(holder, field, 0.0)
 
 
+def settle_bitsandbytes(model: Any) -> None:
+    """Makes a model with layers of bitsandbytes compute from its weights as they are stored, and be saved again.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4 bit layer's weights at its first forward pass in eval mode.
+    That fails unless `out_features % 32 == 0` and `in_features % 64 == 0`, which a gate per token (one row) never has.
+    Where it succeeds, no gradient passes through the layer any more, `dequantize()` returns other weights, and so does
+    opening what is saved without double quantisation. So the layers are told not to.
+
+    A checkpoint that was quantised when it was opened can't be saved again in transformers 5.17 to 5.23: their reader
+    of quantised weights is noted as something to undo, and has no inverse. It needs none.
+    """
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return
+    narrow = []
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % 64 in (16, 32, 48) and module.weight.device.type == "cpu":
+                narrow.append(name)
+    if narrow:
+        logger.warning(
+            f"The input widths of {len(narrow)} layers in 4 bit, such as {narrow[0]}, are no multiples of 64: "
+            "bitsandbytes 0.50 computes wrong values from such weights on some CPUs. Use 8 bit, or name these layers "
+            "in `llm_int8_skip_modules`."
+        )
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [conversion for conversion in conversions if _has_inverse(conversion)]
+
+
+def _has_inverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
 # For type checkers, a condensed model is a model; at run time the base class comes in by `condensed_model_class`.
 _Model: Any = PreTrainedModel if TYPE_CHECKING else object
 
@@ -218,6 +267,7 @@ class CondensedModelMixin(_Model):
                 f"The checkpoint {model.name_or_path!r} has {len(unused)} weights for which its condensed layers have "
                 f"no place, such as {unused[:3]}: its config.json was edited or belongs to another checkpoint."
             )
+        settle_bitsandbytes(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:

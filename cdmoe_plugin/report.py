@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this checkpoint")
 ```
-
+{quantised}
 `condense_plan.json` holds the whole plan; `cdmoe_plugin.condense_pretrained(base, plan="condense_plan.json")` makes
 this model again from the base model.
 """
@@ -161,6 +161,9 @@ def write_model_card(model: Any, folder: Path) -> None:
         calibration = "Calibrated on {num_samples} samples ({num_tokens} tokens) of {source}.".format(
             **plan.calibration
         )
+    quantised = ""
+    if getattr(model, "quantization_method", None) is not None:
+        quantised = f"\nThe weights are quantised, by {model.quantization_method.value}; opening them needs it.\n"
     tags = sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])})
     data = ModelCardData(library_name="transformers", tags=tags, base_model=base if "/" in base else None)
     text = _CARD.format(
@@ -171,5 +174,6 @@ def write_model_card(model: Any, folder: Path) -> None:
         parameters=parameters,
         table=plan_table(plan),
         calibration=calibration,
+        quantised=quantised,
     )
     ModelCard(text).save(folder / "README.md")

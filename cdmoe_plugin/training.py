@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from .condensed import condensed_layers
@@ -10,19 +13,36 @@ from .condensed import condensed_layers
 def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
     """Sets `requires_grad` on the condensed layers' MLPs and on nothing else (CD-MoE, section 4.3).
 
+    transformers' Trainer takes any model of which a part is quantised for one that can't be trained without adapters:
+    if the condensed layers were skipped when the model was quantised, set `model.is_quantized = False` for it.
+
     Returns:
         `list[str]`: Names of the parameters that will be trained, as in `model.named_parameters()`.
 
     Raises:
-        ValueError: if the model is not condensed.
+        ValueError: if the model is not condensed, or its condensed layers are quantised.
     """
-    trained = {id(p) for mlp in condensed_layers(model).values() for p in mlp.parameters()}
+    mlps = condensed_layers(model).values()
+    _refuse_quantised_layers(model, mlps)
+    trained = {id(p) for mlp in mlps for p in mlp.parameters()}
     names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in trained)
         if parameter.requires_grad:
             names.append(name)
     return names
+
+
+def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) -> None:
+    # Weights in 4 bit may be stored as floating point numbers (`bnb_4bit_quant_storage`), which they are not.
+    if any(not p.is_floating_point() or hasattr(p, "quant_state") for mlp in mlps for p in mlp.parameters()):
+        names = {id(module): name for name, module in model.named_modules()}
+        skipped = [*(names[id(mlp)] for mlp in mlps), "lm_head"]
+        raise ValueError(
+            "The condensed layers are quantised, and quantised weights can't be trained. Train adapters on them with "
+            "`LoraConfig(target_modules=condensed_module_names(model))`, or leave them out when the model is opened: "
+            f"`BitsAndBytesConfig(..., llm_int8_skip_modules={skipped})`."
+        )
 
 
 def condensed_module_names(model: PreTrainedModel) -> list[str]:
