@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# The paper's data, for calibration and for the language-modelling stage: the first shard of C4's English training split.
+# The paper's data, for calibration and for language modelling: the first shard of C4's English training split.
 C4_NAME = "allenai/c4"
 C4_FILES = "en/c4-train.00000-of-01024.json.gz"
 # Endings of local files, and the loader of `datasets` for each.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import condensed_layers
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 
 def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
@@ -54,3 +58,19 @@ def condensed_module_names(model: PreTrainedModel) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     projections = ("gate_proj", "up_proj", "down_proj")
     return [f"{names[id(mlp)]}.{part}" for mlp in condensed_layers(model).values() for part in projections]
+
+
+def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:
+    """Excepts the condensed layers of a model, and its head, from quantisation, so that they can be trained.
+
+    Args:
+        quantization_config (`BitsAndBytesConfig`): Changed in place, and returned.
+        config (`PreTrainedConfig`): That of the condensed checkpoint.
+    """
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    prefix = model_class.base_model_prefix
+    layers: Any = config.condense_config["condensed_layers"]
+    names = [f"{prefix}.{spec['module']}" for spec in layers.values()]
+    skipped = [*(quantization_config.llm_int8_skip_modules or []), *names, "lm_head"]
+    quantization_config.llm_int8_skip_modules = skipped
+    return quantization_config

@@ -58,7 +58,9 @@ def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return rows[0], rows[1]
 
 
-def split_documents(held_out_share: float = 0.06) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
+def split_documents(
+    held_out_share: float = 0.06,
+) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
     """Documents and the files that they are from, for training and held out."""
     sources: list[tuple[list[str], Path | None]] = [([topics[name]], None) for name in sorted(topics)]
     sources += [(docstrings(file), file) for file in library_files()]

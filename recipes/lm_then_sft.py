@@ -122,7 +122,9 @@ def check(
     kind = sharding(training_args)
     for name, asked in (("distillation", args.distillation != "none"), ("load_in_4bit", model_args.load_in_4bit)):
         if kind and asked:
-            raise ValueError(f"`--{name}` does not go with {kind}, which splits the weights: use plain data parallelism.")
+            raise ValueError(
+                f"`--{name}` does not go with {kind}, which splits the weights: use plain data parallelism."
+            )
     return stages
 
 
@@ -195,7 +197,8 @@ def open_model(start: str, previous: Path | None, training_args: Any, model_args
     from transformers import AutoConfig
     from trl import get_quantization_config
 
-    from cdmoe_plugin.recovery import open_stage_model, quantised_around_condensed
+    from cdmoe_plugin.recovery import open_stage_model
+    from cdmoe_plugin.training import quantised_around_condensed
 
     kwargs = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype, **hub}
     compute = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"

@@ -160,7 +160,9 @@ def test_nothing_to_train_is_said(tmp_path: Path) -> None:
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for bitsandbytes' blocks of 64."""
     folder = tmp_path_factory.mktemp("wide")
-    model = build("deepseek", num_experts=8, hidden_size=64, num_heads=4, num_kv_heads=4, expert_width=32, shared_width=64)
+    model = build(
+        "deepseek", num_experts=8, hidden_size=64, num_heads=4, num_kv_heads=4, expert_width=32, shared_width=64
+    )
     apply_plan(model, some_plan([1, 3])).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Recovers a condensed model's quality by light training: language modelling, then supervised fine-tuning (CD-MoE, 4.3).
+"""Recovers a condensed model's quality by light training: language modelling, then fine-tuning (CD-MoE, section 4.3).
 
 Needs `trl` and `datasets`: `pip install "cdmoe_plugin[recipes]"`.
 """

@@ -132,5 +132,5 @@ def to_prompt_and_completion(row: dict[str, Any]) -> dict[str, str]:
 
     The completion starts with a space, so that tokens do not merge across the border between the two.
     """
-    question = "\n\n".join(part.strip() for part in (row["instruction"], row.get("input")) if _has_text(part))
+    question = "\n\n".join(part.strip() for part in (row["instruction"], row.get("input") or "") if _has_text(part))
     return {"prompt": f"{question}\n\nAnswer:", "completion": f" {row['output'].strip()}"}

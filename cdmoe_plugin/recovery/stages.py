@@ -64,7 +64,7 @@ def run_stage(stage: str, trainer: CondensedSFTTrainer, checkpoint: Path | None 
         trainer (`CondensedSFTTrainer`): With `eval_dataset`, and `eval_on_start=True` among its arguments.
         checkpoint (`Path`, *optional*): Where to go on.
     """
-    folder = Path(trainer.args.output_dir)
+    folder = Path(str(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.evaluate()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

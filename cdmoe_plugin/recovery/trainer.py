@@ -53,22 +53,24 @@ class CondensedSFTTrainer(SFTTrainer):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
+        condensed = inside(model)
         self.distillation = distillation
         self.dropped_rows: dict[str, int] = {}
         self._held_out_sum = [0.0, 0.0]
+        kwargs["peft_config"] = peft_config
         if peft_config is not None:
             if getattr(peft_config, "target_modules", None) is None:
-                peft_config.target_modules = condensed_module_names(model)  # type: ignore[attr-defined]
+                peft_config.target_modules = condensed_module_names(condensed)  # type: ignore[attr-defined]
         elif not is_peft(model):
-            unfreeze_condensed(model)
+            unfreeze_condensed(condensed)
         with _trainable_although_quantised(model, has_adapters=peft_config is not None or is_peft(model)):
-            super().__init__(model, *args, peft_config=peft_config, **kwargs)
+            super().__init__(model, *args, **kwargs)
         per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         self.train_dataset = fill_up(self.train_dataset, per_step)
         self.eval_dataset = fill_up(self.eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in inside(self.model).parameters() if p.requires_grad]
         self.num_trained = sum(p.numel() for p in trained)
-        self.num_parameters = (self.model.get_base_model() if is_peft(self.model) else self.model).num_parameters()
+        self.num_parameters = inside(self.model).num_parameters()
         if not self.num_trained:
             raise ValueError("There is nothing to train: the condensed layers of this model have no parameters.")
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # these choose their own precision
@@ -79,7 +81,7 @@ class CondensedSFTTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss and, in training, the share of distillation."""
-        if self.distillation is None or not self.model.training:
+        if self.distillation is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         with self.distillation.watching() as seen:
@@ -131,26 +133,24 @@ class CondensedSFTTrainer(SFTTrainer):
             self._held_out_sum[i] += value
         return loss, logits, labels
 
-    def evaluation_loop(
-        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`, but its loss is the mean over tokens, not over batches of unequal size."""
         self._held_out_sum = [0.0, 0.0]
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         total, tokens = self._held_out_sum
         if tokens and output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / tokens
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._checkpoints_are_plain():
-            load_condensed_weights(self.model, Path(resume_from_checkpoint))
+            load_condensed_weights(inside(self.model), Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._checkpoints_are_plain():
-            load_condensed_weights(self.model, Path(self.state.best_model_checkpoint))
+            load_condensed_weights(inside(self.model), Path(str(self.state.best_model_checkpoint)))
         else:
             super()._load_best_model()
 
@@ -179,6 +179,11 @@ def fill_up(dataset: Any, multiple: int) -> Any:
 def is_peft(model: Any) -> bool:
     """Whether a model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def inside(model: Any) -> Any:
+    """The condensed model itself, of one that PEFT may have wrapped."""
+    return model.get_base_model() if is_peft(model) else model
 
 
 @contextmanager

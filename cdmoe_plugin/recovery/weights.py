@@ -28,8 +28,8 @@ def condensed_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def load_condensed_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copies the condensed layers' weights from a checkpoint into a model, each in the dtype that it has there.
 
-    Everything else of the checkpoint is ignored: recovery never changes it. `Trainer` would read the rest as well, under
-    the names that modules have in memory and not on disk, and only warn where these differ.
+    Everything else of the checkpoint is ignored: recovery never changes it. `Trainer` would read all of it, under the
+    names that modules have in memory and not on disk, and only warn where these differ.
 
     Args:
         model (`PreTrainedModel`): The condensed model.
