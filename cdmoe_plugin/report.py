@@ -34,7 +34,7 @@ and those that are kept stand, with constant gates, beside the shared expert in 
 
 `score` is the divergence of the model's output once this layer and those above it in the table are condensed.
 {calibration}
-
+{recovery}
 ## Use
 
 ```python
@@ -146,6 +146,24 @@ def _bar_chart(divergences: dict[int, float], chosen: Sequence[int]) -> Figure:
     return figure
 
 
+def _recovery_section(stages: Sequence[dict[str, Any]]) -> str:
+    """What training after condensing did, by the summaries in the config; see `recovery.stages.StageSummary`."""
+    if not stages:
+        return ""
+    rows = [
+        (
+            s["stage"],
+            f"{s['held_out_before']:.4f}",
+            f"{s['held_out_after']:.4f}",
+            f"{s['tokens']:,}",
+            f"{s['trained']:,}",
+        )
+        for s in stages
+    ]
+    header = ["stage", "held-out loss before", "after", "tokens", "parameters trained"]
+    return f"\nThe condensed layers were then trained, all else frozen:\n\n{format_table(header, rows)}\n"
+
+
 def write_model_card(model: Any, folder: Path) -> None:
     """Writes README.md into the folder of a condensed checkpoint that is being saved."""
     config = model.config.condense_config
@@ -175,5 +193,6 @@ def write_model_card(model: Any, folder: Path) -> None:
         table=plan_table(plan),
         calibration=calibration,
         quantised=quantised,
+        recovery=_recovery_section(config.get("recovery") or []),
     )
     ModelCard(text).save(folder / "README.md")

@@ -261,6 +261,7 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
         )
         for stage in stages
     }
+    say(describe(stages, args, training_args, model_args, condense, hub))
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
     claim_output_dir(output_dir, identity(args, model_args, condense), bool(resume))
     progress = find_progress(output_dir, stages, resume)
@@ -268,11 +269,13 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
     start = start_checkpoint(args, training_args, model_args, condense, hub)
     if start != model_args.model_name_or_path:
         hub = {**hub, "revision": "main"}  # the revision was the base model's
-    for summary in progress.done:
+    summaries = progress.done
+    for summary in summaries:
         say(summary)
 
     trainer = None
-    for stage in stages[len(progress.done) :]:
+    for stage in stages[len(summaries) :]:
+        checkpoint = progress.checkpoint if trainer is None else None  # an earlier stage's is its own
         done = stages[: stages.index(stage)]
         model = open_model(start, output_dir / done[-1] if done else None, training_args, model_args, hub)
         trainer = CondensedSFTTrainer(
@@ -284,13 +287,14 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
             peft_config=None if hasattr(model, "peft_config") else get_peft_config(model_args),
             distillation=open_teacher(model, args, training_args, model_args) if stage == "lm" else None,
         )
-        say(run_stage(stage, trainer, progress.checkpoint if len(done) == len(progress.done) else None))
+        summaries.append(run_stage(stage, trainer, checkpoint))
+        say(summaries[-1])
         trainer.accelerator.free_memory()
         del model
         gc.collect()
 
     if training_args.distributed_state.is_main_process:
-        finish(start, output_dir / stages[-1], output_dir, merge=args.merge_adapter, **hub)
+        finish(start, output_dir, summaries, merge=args.merge_adapter, **hub)
     say(f"Saved to {output_dir}.")
     if trainer is not None:
         if training_args.push_to_hub:

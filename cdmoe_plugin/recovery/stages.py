@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,19 +117,26 @@ def open_stage_model(
     return model
 
 
-def finish(start: str | os.PathLike, last: Path, output_dir: Path, merge: bool = True, **model_kwargs: Any) -> None:
+def finish(
+    start: str | os.PathLike,
+    output_dir: Path,
+    summaries: Sequence[StageSummary],
+    merge: bool = True,
+    **model_kwargs: Any,
+) -> None:
     """Writes the recovered checkpoint: `start` with what the last stage made of its condensed layers.
 
     All other weights, the config and the dtype are those of `start`, whatever they were trained around.
 
     Args:
         start (`str` or `os.PathLike`): The condensed checkpoint that the first stage began with.
-        last (`Path`): Folder of the last stage.
-        output_dir (`Path`): Where to write to.
+        output_dir (`Path`): Where to write to; the stages' folders are in it.
+        summaries (`Sequence[StageSummary]`): What each stage did; the config and the model card tell of it.
         merge (`bool`, defaults to `True`): Whether an adapter is merged into the weights, or kept as an adapter of
             `start`.
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """
+    last = output_dir / summaries[-1].stage
     if (last / _ADAPTER_FILES[0]).is_file() and not merge:
         for name in _ADAPTER_FILES:
             shutil.copyfile(last / name, output_dir / name)
@@ -140,6 +148,7 @@ def finish(start: str | os.PathLike, last: Path, output_dir: Path, merge: bool =
             model = PeftModel.from_pretrained(model, last).merge_and_unload()
         else:
             load_condensed_weights(model, last)
+        model.config.condense_config["recovery"] = [asdict(summary) for summary in summaries]
         model.save_pretrained(output_dir)
     AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(output_dir)
 
