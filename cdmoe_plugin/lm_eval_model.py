@@ -71,6 +71,8 @@ class CDMoELM(HFLM):
         if self._plan is not None:
             check_with_plan(pretrained, kwargs)
         self._quantisation = pop_quantisation(kwargs)
+        if self._quantisation is not None and not isinstance(pretrained, str):
+            raise ValueError(f"`pretrained` is a loaded {type(pretrained).__name__}: it can't be quantised any more.")
         # As lm-eval's command line does: the first GPU, or the CPU where there is none. `hf` in a script wants a GPU.
         kwargs.setdefault("device", "cuda:0")
         super().__init__(pretrained, **kwargs)

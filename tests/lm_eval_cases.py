@@ -145,15 +145,25 @@ def evaluate_from_shell(
     case: Case, launcher: Sequence[object], folder: Path, arguments: str, model: str = "cdmoe", **env: str
 ) -> tuple[dict[str, Any], str]:
     """Results that `lm_eval` writes to files, and what it says; `launcher` is how it is called."""
-    options = ["--model", model, "--model_args", arguments, "--tasks", ",".join(TASKS), "--include_path", case.tasks]
-    done = run([*launcher, *options, "--log_samples", "--output_path", folder], env)
+    done = run([*launcher, *options(case, folder, arguments, model)], env)
+    return read_results(folder), done.stdout + done.stderr
+
+
+def options(case: Case, folder: Path, arguments: str, model: str = "cdmoe") -> list[str]:
+    """Those of lm-eval's command line."""
+    tasks = ["--tasks", ",".join(TASKS), "--include_path", str(case.tasks)]
+    return ["--model", model, "--model_args", arguments, *tasks, "--log_samples", "--output_path", str(folder)]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What lm-eval has written, as `simple_evaluate` returns it."""
     (file,) = folder.rglob("results_*.json")  # one process writes, however many there are
     results = json.loads(file.read_text())
     results["samples"] = {}
     for task in TASKS:
         (file,) = folder.rglob(f"samples_{task}_*.jsonl")
         results["samples"][task] = [json.loads(line) for line in file.read_text().splitlines()]
-    return results, done.stdout + done.stderr
+    return results
 
 
 def script(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import sysconfig
 from importlib.metadata import entry_points
@@ -10,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from .lm_eval_cases import ROOT, Case, answers, evaluate, evaluate_from_shell, make_case, run
+from .lm_eval_cases import (
+    ROOT,
+    Case,
+    answers,
+    evaluate,
+    evaluate_from_shell,
+    make_case,
+    options,
+    read_results,
+    run,
+    script,
+)
 
 BRIDGE = "cdmoe_plugin_lm_eval"
 OFF = {"CDMOE_NO_LM_EVAL_HOOK": "1"}
@@ -35,11 +47,15 @@ def python(code: str, *flags: str, executable: object = sys.executable, **env: s
 # --- evaluating ---
 
 
-@pytest.mark.slow
-def test_without_pth_files(case: Case, expected: dict[str, Any], tmp_path: Path) -> None:
-    fallback = [sys.executable, "-m", "cdmoe_plugin.evaluate"]
-    results, _ = evaluate_from_shell(case, fallback, tmp_path, f"pretrained={case.condensed}", **OFF)
-    assert answers(results) == expected
+def test_without_pth_files(
+    case: Case, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.registry import model_registry
+
+    monkeypatch.delitem(model_registry._objs, "cdmoe")
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *options(case, tmp_path, f"pretrained={case.condensed}")])
+    runpy.run_module("cdmoe_plugin.evaluate", run_name="__main__")
+    assert answers(read_results(tmp_path)) == expected
 
 
 @pytest.mark.slow
@@ -57,7 +73,7 @@ def test_normal_install(case: Case, expected: dict[str, Any], tmp_path: Path) ->
     assert {path.name for path in folder.iterdir()} >= {"cdmoe_plugin", f"{BRIDGE}.py", f"{BRIDGE}.pth"}
 
     results, _ = evaluate_from_shell(
-        case, [own, "-m", "lm_eval"], tmp_path / "out", f"pretrained={case.condensed}", PYTHONSAFEPATH="1"
+        case, [own, script("lm_eval")], tmp_path / "out", f"pretrained={case.condensed}", PYTHONSAFEPATH="1"
     )
     assert answers(results) == expected
     where = "import importlib.util; print(importlib.util.find_spec('cdmoe_plugin').origin)"
