@@ -19,4 +19,5 @@ shift
 
 tasks=arc_challenge,boolq,hellaswag,openbookqa,piqa,winogrande,rte,mmlu
 read -ra lm_eval <<< "${LM_EVAL:-lm_eval}"
-exec "${lm_eval[@]}" --model cdmoe --model_args "pretrained=$model" --tasks "$tasks" --num_fewshot 0 --batch_size auto "$@"
+exec "${lm_eval[@]}" --model cdmoe --model_args "pretrained=$model" \
+    --tasks "$tasks" --num_fewshot 0 --batch_size auto "$@"
