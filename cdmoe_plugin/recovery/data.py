@@ -69,6 +69,8 @@ def load_stage_data(
     with PartialState().local_main_process_first():
         name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
         rows = _rows(stage, source, f"{stage}_dataset", seed)
+        if len(rows) < 2:
+            raise ValueError(f"`{stage}_dataset` {name} has {len(rows)} rows with text: at least two are needed.")
         if held_out is None:
             count = min(num_held_out, len(rows) // 10) or 1
             measured, rows = rows.select(range(count)), rows.select(range(count, len(rows)))
@@ -77,8 +79,8 @@ def load_stage_data(
             measured = measured.select(range(min(num_held_out, len(measured))))
         if num_examples is not None:
             rows = rows.select(range(min(num_examples, len(rows))))
-    if not len(rows) or not len(measured):
-        raise ValueError(f"`{stage}_dataset` {name} has too few rows with text: at least two are needed.")
+    if not len(measured):
+        raise ValueError(f"`{stage}_eval_dataset` {held_out} has no row with text.")
     return StageData(rows, measured, name)
 
 
@@ -92,6 +94,8 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
         dataset = open_file(Path(source), stage, TABLES)
     else:
         dataset = open_hub(str(source), stage, f"Pass `--{option}` a local {'/'.join(TABLES)} file or another name.")
+    if dataset is not None and not hasattr(dataset, "__len__"):
+        raise ValueError(f"`{option}` should be a Dataset, which can be drawn from; a {type(dataset).__name__} can't.")
     if dataset is None or not len(dataset):
         raise ValueError(f"`{option}` {source} is empty.")
     dataset = dataset.shuffle(seed=seed)
