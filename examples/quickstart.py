@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_moe import train_or_load
+from tiny_moe import train_or_load, write_training_data
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -88,6 +88,7 @@ def main() -> None:
         condense_pretrained(folders["sparse"], plan=smaller).save_pretrained(folders[name])
     for folder in folders.values():
         tokenizer.save_pretrained(folder)
+    write_training_data(args.output_dir / "data")  # for recipes/lm_then_sft.py
 
     models = {
         name: AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
@@ -105,7 +106,7 @@ def main() -> None:
 
     print(f"\nThe plan, in the order of selection:\n\n{plan_table(plan)}\n")
     print(format_table(["model", "parameters", "file size", "held-out perplexity", "tokens/s"], rows))
-    print(f"\nModels, plan and figure ({figure.name}) are in {args.output_dir}.")
+    print(f"\nModels, plan, figure ({figure.name}) and data to recover with are in {args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -91,3 +91,10 @@ def lm_then_sft() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def run(recipe: ModuleType, args: list[Any]) -> None:
+    """The recipe, as its command line runs it."""
+    *parsed, search = recipe.make_parser().parse_args_and_config(args=[str(each) for each in args])
+    given = {name.removeprefix("condense_"): value for name, value in vars(search).items() if value is not None}
+    recipe.main(*parsed, given)

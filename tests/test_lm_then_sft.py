@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cdmoe_plugin import CondensePlan, apply_plan
 from cdmoe_plugin.recovery import condensed_parameters
 from tests.conftest import build, differing, some_plan, state
-from tests.recovery import RECIPES, lm_then_sft, word_tokenizer, write_data
+from tests.recovery import RECIPES, lm_then_sft, run, word_tokenizer, write_data
 from tests.tiny_models import tiny_model
 
 __all__ = ["lm_then_sft"]  # a fixture
@@ -50,12 +50,6 @@ def arguments(place: Path, output: Path, *more: object, model: str = "condensed"
     data = ["--lm_dataset", place / "lm.jsonl", "--sft_dataset", place / "sft.json", "--num_held_out", 6]
     given = ["--model_name_or_path", place / model, "--output_dir", output, "--per_device_train_batch_size", batch]
     return [str(each) for each in (*given, *data, *COMMON, "--disable_tqdm=true", *more)]
-
-
-def run(recipe: ModuleType, args: list[str]) -> None:
-    *parsed, search = recipe.make_parser().parse_args_and_config(args=args)
-    given = {name.removeprefix("condense_"): value for name, value in vars(search).items() if value is not None}
-    recipe.main(*parsed, given)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

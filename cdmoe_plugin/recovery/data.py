@@ -63,8 +63,12 @@ def load_stage_data(
         seed (`int`, defaults to 42): Seed of the draw.
 
     Raises:
-        ValueError: if the source can't be opened, has none of these columns, or has fewer than two rows with text.
+        ValueError: if the source can't be opened, has none of these columns, or has fewer than two rows with text; or
+            if a number is below 1.
     """
+    for option, number in ((f"{stage}_num_examples", num_examples), ("num_held_out", num_held_out)):
+        if number is not None and number < 1:
+            raise ValueError(f"`{option}` should be at least 1, but is {number}.")
     # One process per machine reads and converts; the others find the result in the cache of `datasets`.
     with PartialState().local_main_process_first():
         name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
