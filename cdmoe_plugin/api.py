@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import Calibration, load_calibration
-from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
+from .condensed import apply_layers, become_condensed, note_refit, refuse_condensed, refuse_quantised
 from .config import CondenseConfig
 from .layerwise import searching
 from .loading import check_whole, hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
+from .refit import check_calibration, refit_layers
 from .search import PlanSearch, check_methods
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
 from .state import SearchState, fingerprint
@@ -42,8 +43,10 @@ def condense_pretrained(
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub name or folder of a sparse checkpoint, or a loaded model,
             which is changed in place.
         config (`CondenseConfig`, *optional*): How to search; the defaults are the paper's. With a plan it is not
-            needed; its `num_layers` and `num_experts` then do not change the plan (see `CondensePlan.truncate`).
-        plan (`CondensePlan` or path, *optional*): What to condense. No search, no calibration data.
+            needed; its `num_layers` and `num_experts` then do not change the plan (see `CondensePlan.truncate`), but
+            its `refit` says how the condensed layers are fitted.
+        plan (`CondensePlan` or path, *optional*): What to condense. No search; no calibration data without a `refit`,
+            which also needs the whole sparse model in memory.
         calibration (*optional*): None (C4, as in the paper), a hub name, a local .txt/.json/.jsonl/.parquet file, a
             `Dataset`, a list of texts, or a list of token-id lists or tensors.
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
@@ -68,11 +71,13 @@ def condense_pretrained(
     if isinstance(model, PreTrainedModel):
         if model_kwargs:
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
-        plan = plan or search_plan(model, config, calibration=calibration, tokenizer=tokenizer)
-        return apply_plan(model, plan)
+        if plan is None or config.refit is not None:
+            calibration = _calibration_for(model, config, calibration, tokenizer)
+        plan = plan or search_plan(model, config, calibration=calibration)
+        return apply_plan(model, plan, config, calibration=calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
-    if plan is not None:
+    if plan is not None and config.refit is None:
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch, blocks = sketch_model(model, model_kwargs)
@@ -83,7 +88,8 @@ def condense_pretrained(
     opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
     loaded, loading_info = opened
     check_whole(loaded, loading_info)
-    return apply_plan(loaded, search_plan(loaded, config, calibration=data))
+    plan = plan or search_plan(loaded, config, calibration=data)
+    return apply_plan(loaded, plan, config, calibration=data)
 
 
 def search_plan(
@@ -113,11 +119,9 @@ def search_plan(
     check_methods(config)
     blocks = _open_blocks(model)
     check_config(config, blocks)
-    if not isinstance(calibration, Calibration):
-        path = model.name_or_path
-        own = (lambda: _own_tokenizer(path)) if path else None
-        calibration = load_calibration(calibration, config, tokenizer, model.config, own)
-    _check_vocabulary(model, calibration)
+    calibration = _calibration_for(model, config, calibration, tokenizer)
+    if config.refit is not None:
+        check_calibration(calibration)  # before the search, of which only the last step would need more
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
@@ -148,27 +152,61 @@ def search_plan(
     )
 
 
-def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -> PreTrainedModel:
+def apply_plan(
+    model: PreTrainedModel,
+    plan: CondensePlan | str | os.PathLike,
+    config: CondenseConfig | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """Condenses a loaded model as a plan says, in place, and returns it.
 
     The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint.
 
+    Args:
+        model (`PreTrainedModel`): A loaded sparse model.
+        plan (`CondensePlan` or path): What to condense.
+        config (`CondenseConfig`, *optional*): Where its `refit` is set, the condensed layers are fitted to the sparse
+            model on calibration data; all else that it says is in the plan already. Without it, they are not.
+        calibration (*optional*), tokenizer (*optional*): As in `search_plan`; used for `refit` only.
+
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
-        ValueError: if the plan was made for another model, or if the model is condensed already. The model is then
-            unchanged.
+        ValueError: if the plan was made for another model, if the model is condensed already, or if the calibration
+            data does not do. The model is then unchanged.
     """
     if not isinstance(plan, CondensePlan):
         plan = CondensePlan.load(plan)
+    if config is not None:
+        check_methods(config)
     blocks = _open_blocks(model)
     shape = model_shape(model, blocks)
     plan.check_fits(shape)
     if plan.model is None:
         plan = replace(plan, model=shape)
+    mlps = None
+    if config is not None and config.refit is not None:
+        data = _calibration_for(model, config, calibration, tokenizer)
+        mlps, fits = refit_layers(model, blocks, plan.layers, config, data)
     parameters_before = model.num_parameters()
-    specs = apply_layers(model, blocks, plan.layers)
+    specs = apply_layers(model, blocks, plan.layers, mlps=mlps)
     become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
+    if mlps is not None and config is not None:
+        note_refit(model, config, fits)
     return model
+
+
+def _calibration_for(
+    model: PreTrainedModel, config: CondenseConfig, calibration: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> Calibration:
+    """Calibration data for a loaded model, whose checkpoint's tokenizer is used where none is given."""
+    if not isinstance(calibration, Calibration):
+        path = model.name_or_path
+        own = (lambda: _own_tokenizer(path)) if path else None
+        calibration = load_calibration(calibration, config, tokenizer, model.config, own)
+    _check_vocabulary(model, calibration)
+    return calibration
 
 
 def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:

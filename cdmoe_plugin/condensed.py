@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ from .modeling_cdmoe import CondensedMLP, CondensedModelMixin, Omitted, condense
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .config import CondenseConfig
+    from .refit import RefitLayer
 
 
 def _write_model_card(model: PreTrainedModel, folder: Path) -> None:
@@ -145,6 +149,9 @@ def become_condensed(
     config.__class__ = condensed_class.config_class
     config.condense_config = {
         **(plan.config or {}),
+        # What was done, whatever the plan's search had in mind; see `note_refit`.
+        "refit": None,
+        "refit_errors": None,
         "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
         "all_condensed": all_condensed,
         "parameters": {"before": parameters_before, "after": model.num_parameters()},
@@ -155,6 +162,13 @@ def become_condensed(
     if all_condensed:
         silence_router_loss(model)
     model.add_model_tags(["cdmoe"])
+
+
+def note_refit(model: PreTrainedModel, config: CondenseConfig, fits: Mapping[int, RefitLayer]) -> None:
+    """Writes into a condensed model's config how its layers were fitted, and their errors before and after."""
+    done: dict[str, Any] = model.config.condense_config
+    done |= {"refit": config.refit, "refit_target": config.refit_target, "refit_steps": config.refit_steps}
+    done["refit_errors"] = {str(layer): [fit.before, fit.after] for layer, fit in fits.items()}
 
 
 def refuse_quantised(*quantisations: Any) -> None:
@@ -185,16 +199,25 @@ def refuse_condensed(model: PreTrainedModel) -> None:
 
 
 def apply_layers(
-    model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], at_once: bool = True
+    model: PreTrainedModel,
+    blocks: Sequence[SparseBlock],
+    layers: Sequence[CondensedLayer],
+    at_once: bool = True,
+    mlps: Mapping[int, CondensedMLP] | None = None,
 ) -> dict[int, Any]:
     """Folds and installs the layers of a plan; returns the specs for config.json by decoder layer.
 
     Args:
         at_once (`bool`, defaults to `True`): Whether all layers are folded before the first is installed, so that a
             failure leaves the model as it was; else one after the other, which needs less memory.
+        mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
     """
     by_layer = {block.layer: block for block in blocks}
-    folded = ((by_layer[chosen.layer], fold(by_layer[chosen.layer], chosen.experts, chosen.gates)) for chosen in layers)
+
+    def make(chosen: CondensedLayer) -> CondensedMLP:
+        return fold(by_layer[chosen.layer], chosen.experts, chosen.gates) if mlps is None else mlps[chosen.layer]
+
+    folded = ((by_layer[chosen.layer], make(chosen)) for chosen in layers)
     specs = {}
     for block, mlp in list(folded) if at_once else folded:
         install(model, block, mlp)

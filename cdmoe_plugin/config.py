@@ -27,7 +27,13 @@ class CondenseConfig:
         compare (`str`, defaults to `"hidden"`): Output that the layer search compares: "hidden" is the last hidden
             state after the final norm (as in the published code), "logits" what the language-modelling head says.
         gates (`str`, defaults to `"mean"`): How the constant gates are set; "mean" is Eq. 2.
-        refit (`str`, *optional*): How condensed layers are fitted to the sparse ones afterwards. None: not at all.
+        refit (`str`, *optional*): How condensed layers are fitted to the sparse model afterwards, on the calibration
+            data. None: not at all, as in the paper. "down_proj": the down projection by ridge regression, in closed
+            form. "distill": all three projections by Adam, from there on.
+        refit_target (`str`, defaults to `"model"`): What they are fitted to: "model", the hidden states of the
+            unmodified model behind the layer, so that errors of condensed layers below are made up for; or "block",
+            what the sparse block gives for the same inputs.
+        refit_steps (`int`, defaults to 300): Steps of `refit="distill"` per layer, at most.
         num_samples (`int`, defaults to 100): Calibration samples to use, at most.
         max_length (`int`, defaults to 512): Tokens per calibration sample, at most.
         batch_size (`int`, defaults to 8): Calibration samples per forward pass.
@@ -50,7 +56,14 @@ class CondenseConfig:
     metric: str = _help("Divergence that the searches minimise: js, kl or mse.", "js")
     compare: str = _help("Model output that the layer search compares: hidden or logits.", "hidden")
     gates: str = _help("How the constant gates are set: mean (Eq. 2).", "mean")
-    refit: str | None = _help("How condensed layers are fitted afterwards: not at all if unset.", None)
+    refit: str | None = _help(
+        "How condensed layers are fitted afterwards: down_proj (closed form), distill (Adam); not at all if unset.",
+        None,
+    )
+    refit_target: str = _help(
+        "What they are fitted to: model (hidden states of the unmodified model) or block (the sparse block).", "model"
+    )
+    refit_steps: int = _help("Steps of refit=distill per layer, at most.", 300)
     num_samples: int = _help("Calibration samples to use, at most.", 100)
     max_length: int = _help("Tokens per calibration sample, at most.", 512)
     batch_size: int = _help("Calibration samples per forward pass.", 8)
@@ -70,6 +83,7 @@ class CondenseConfig:
             ("num_samples", 1),
             ("max_length", 2),
             ("batch_size", 1),
+            ("refit_steps", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)

@@ -16,6 +16,7 @@ from .divergence import METRICS
 from .layerwise import LayerStream, State
 from .plan import CondensedLayer
 from .playback import LayerRecorder
+from .refit import check_refit
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
 from .selection.gates import GATES
@@ -40,8 +41,7 @@ def check_methods(config: CondenseConfig) -> None:
     lookup(METRICS, config.metric, "metric")
     lookup(COMPARE, config.compare, "compare")
     lookup(GATES, config.gates, "gates")
-    if config.refit is not None:
-        raise ValueError(f"`refit` is {config.refit!r}, but only None exists.")
+    check_refit(config)
 
 
 class PlanSearch:
