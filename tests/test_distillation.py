@@ -152,6 +152,17 @@ def test_teacher_from_a_checkpoint_must_be_the_base_model(tmp_path: Path) -> Non
         load_teacher_blocks(tmp_path / "other", student.condense_plan)
 
 
+def test_teacher_follows_the_model_to_its_device() -> None:
+    for model_type in ("qwen2_moe", "granitemoeshared"):
+        _, student, blocks = pair(model_type, [1])
+        distillation = Distillation(student, blocks, "blocks")
+        student.to("meta")  # as a trainer moves it to a GPU, after the teacher was made
+        with distillation.watching():
+            pass
+        modules = [module for block in blocks for module in (block.module, block.shared) if module is not None]
+        assert {p.device.type for module in modules for p in module.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
