@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cdmoe_plugin.recovery import check_tokenizer, find_progress, load_stage_data
@@ -104,6 +105,14 @@ def test_a_kept_adapter_can_be_merged_later_and_back(place: Path, tmp_path: Path
 
 def save_weights(trainer: Any, folder: str) -> None:
     trainer.model.save_pretrained(folder)
+
+
+def test_lora_begins_from_the_seed(place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        run(lm_then_sft, arguments(place, tmp_path / name, "--use_peft"))
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b")]
+    assert differing(*map(state, models)) == []
 
 
 def test_an_end_that_fails_leaves_no_checkpoint(
