@@ -81,6 +81,8 @@ def make_parser() -> Any:
     )
     # The checkpoint's own dtype; what is trained is float32 all the same.
     parser.set_defaults(dtype="auto")
+    # Every process would drop other values, and the result depend on how many there are.
+    parser.set_defaults(lora_dropout=0.0)
     return parser
 
 
@@ -236,7 +238,7 @@ def open_teacher(model: Any, args: RecoveryArguments, training_args: Any, model_
 
 def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense: dict[str, Any]) -> None:
     """Runs the recipe; `condense` holds the fields of `CondenseConfig` that were set."""
-    from transformers import AutoTokenizer, set_seed
+    from transformers import AutoTokenizer
     from trl import get_peft_config
 
     from cdmoe_plugin.recovery import (
@@ -286,7 +288,6 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
     for stage in stages[len(summaries) :]:
         checkpoint = progress.checkpoint if trainer is None else None  # an earlier stage's is its own
         done = stages[: stages.index(stage)]
-        set_seed(training_args.seed)  # LoRA draws its weights before `Trainer` sets it
         model = open_model(start, output_dir / done[-1] if done else None, training_args, model_args, hub)
         trainer = CondensedSFTTrainer(
             model,

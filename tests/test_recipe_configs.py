@@ -44,7 +44,7 @@ def test_defaults_are_the_papers(lm_then_sft: ModuleType, tmp_path: Path) -> Non
     assert training.lr_scheduler_type == "cosine"
     assert training.bf16
     assert (args.stages, args.lm_dataset, args.lm_num_examples, args.distillation) == ("lm,sft", None, 100_000, "none")
-    assert model.dtype == "auto"
+    assert (model.dtype, model.lora_dropout) == ("auto", 0.0)
     assert set(vars(search).values()) == {None}
     lm, sft = (lm_then_sft.stage_arguments(stage, args, training) for stage in ("lm", "sft"))
     assert (lm.packing, lm.packing_strategy) == (True, "bfd_split")
