@@ -12,7 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cdmoe_plugin.recovery import check_tokenizer, find_progress, load_stage_data
+from cdmoe_plugin.recovery import (
+    check_tokenizer,
+    condensed_parameters,
+    find_progress,
+    load_stage_data,
+    open_stage_model,
+)
 from tests.conftest import differing, state
 from tests.recovery import condensed_model, lm_then_sft, run, sft_rows, word_tokenizer, write_data
 
@@ -67,6 +73,10 @@ def test_a_checkpoint_is_found_by_any_path_to_it(place: Path, tmp_path: Path, lm
     checkpoint = tmp_path / "out" / "lm" / "checkpoint-1"
     around = tmp_path / "out" / ".." / "out" / "lm" / "checkpoint-1"
     assert find_progress(tmp_path / "out", ["lm"], str(around)).checkpoint == checkpoint.resolve()
+    # One of a stage before which another is not complete is no place to go on.
+    shutil.copytree(checkpoint, tmp_path / "out" / "sft" / "checkpoint-1")
+    with pytest.raises(ValueError, match="not where this run stopped"):
+        find_progress(tmp_path / "out", ["lm", "sft"], str(tmp_path / "out" / "sft" / "checkpoint-1"))
 
 
 def test_checkpoints_without_optimiser_are_not_gone_on_from(
@@ -138,6 +148,25 @@ def test_a_second_recovery_keeps_the_record_of_the_first(place: Path, tmp_path: 
     run(lm_then_sft, arguments(place, tmp_path / "second", stages="sft", model=tmp_path / "first"))
     recorded = AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.condense_config["recovery"]
     assert recorded == [summary(tmp_path / "first" / "lm"), summary(tmp_path / "second" / "sft")]
+
+
+def test_loss_before_is_that_before_the_first_step(place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
+    often = ("--eval_strategy", "steps", "--eval_steps", 1)
+    run(lm_then_sft, arguments(place, tmp_path / "often", *often))
+    stop_after_one_step(tmp_path / "often")  # the loss is measured again where the run goes on
+    run(lm_then_sft, arguments(place, tmp_path / "often", *often, "--resume_from_checkpoint", "true"))
+    run(lm_then_sft, arguments(place, tmp_path / "once"))
+    assert summary(tmp_path / "often" / "lm") == summary(tmp_path / "once" / "lm")
+
+
+def test_the_next_stage_begins_with_all_digits_of_the_last(tmp_path: Path) -> None:
+    model = condensed_model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "start")
+    for parameter in condensed_parameters(model).values():
+        parameter.data = parameter.data.float() * 1.001
+    model.save_pretrained(tmp_path / "lm")
+    opened = open_stage_model(tmp_path / "start", tmp_path / "lm")
+    assert differing(*(dict(each.named_parameters()) for each in (model, opened))) == []
 
 
 def test_tokens_are_counted_alike_whatever_pads(place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
