@@ -81,6 +81,8 @@ def make_parser() -> Any:
     )
     # The checkpoint's own dtype; what is trained is float32 all the same.
     parser.set_defaults(dtype="auto")
+    # Every process would drop other values, and the result depend on how many there are.
+    parser.set_defaults(lora_dropout=0.0)
     return parser
 
 
@@ -96,7 +98,8 @@ def check(
 
     from cdmoe_plugin.recovery import check_distillation
 
-    stages = [stage.strip() for stage in args.stages.split(",")]
+    named = args.stages if isinstance(args.stages, list) else args.stages.split(",")  # a YAML file may hold a list
+    stages = [stage.strip() for stage in named]
     if stages not in (STAGES, ["lm"], ["sft"]):
         raise ValueError(f"`--stages` should be lm,sft or lm or sft, but is {args.stages!r}.")
     if "sft" in stages and args.sft_dataset is None:
@@ -178,14 +181,17 @@ def stage_arguments(stage: str, args: RecoveryArguments, training_args: Any) -> 
     if stage == "lm":
         # Whole documents: cut into pieces of `max_length`, not after the first one.
         own["packing"] = True
+        own["assistant_only_loss"] = False
         if training_args.packing_strategy == "bfd":
             own["packing_strategy"] = "bfd_split"
+    # Packed without padding, and without a mask: the padding token is then often the end of a document.
+    unpadded = own.get("packing", training_args.packing) and training_args.packing_strategy != "wrapped"
     return dataclasses.replace(
         training_args,
         output_dir=str(Path(training_args.output_dir) / stage),
         run_name=f"{training_args.run_name or Path(training_args.output_dir).name}-{stage}",
         eval_on_start=True,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if unpadded else "non_padding",
         push_to_hub=False,  # what is pushed is the recovered model
         model_init_kwargs=None,
         **own,
@@ -222,6 +228,7 @@ def open_teacher(model: Any, args: RecoveryArguments, training_args: Any, model_
     blocks = load_teacher_blocks(
         args.teacher_name_or_path or model_args.model_name_or_path,
         inside.condense_plan,
+        revision="main" if args.teacher_name_or_path else model_args.model_revision,
         dtype=inside.dtype,
         trust_remote_code=training_args.trust_remote_code or None,
         **(training_args.model_init_kwargs or {}),
@@ -236,6 +243,7 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
 
     from cdmoe_plugin.recovery import (
         CondensedSFTTrainer,
+        check_tokenizer,
         claim_output_dir,
         find_progress,
         finish,
@@ -261,9 +269,12 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
         )
         for stage in stages
     }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub)
+    for stage in stages:
+        check_tokenizer(stage, data[stage], tokenizer, training_args)
     say(describe(stages, args, training_args, model_args, condense, hub))
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
-    claim_output_dir(output_dir, identity(args, model_args, condense), bool(resume))
+    claim_output_dir(output_dir, identity(args, training_args, model_args, condense), bool(resume))
     progress = find_progress(output_dir, stages, resume)
 
     start = start_checkpoint(args, training_args, model_args, condense, hub)
@@ -304,12 +315,15 @@ def main(args: RecoveryArguments, training_args: Any, model_args: Any, condense:
             trainer.end()
 
 
-def identity(args: RecoveryArguments, model_args: Any, condense: dict[str, Any]) -> dict[str, Any]:
+def identity(args: RecoveryArguments, training_args: Any, model_args: Any, condense: dict[str, Any]) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was interrupted."""
     free = ("dry_run", "merge_adapter")
     shared = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     names = ("model_name_or_path", "model_revision", "use_peft", "lora_r", "lora_alpha", "load_in_4bit", "load_in_8bit")
-    return {**shared, **{name: getattr(model_args, name) for name in names}, "condense": condense}
+    shared |= {name: getattr(model_args, name) for name in names}
+    # Which rows are held out and what a step is made of: with others, a checkpoint's place in the data means nothing.
+    names = ("seed", "max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss")
+    return {**shared, **{name: getattr(training_args, name) for name in names}, "condense": condense}
 
 
 def describe(

@@ -152,6 +152,38 @@ def test_teacher_from_a_checkpoint_must_be_the_base_model(tmp_path: Path) -> Non
         load_teacher_blocks(tmp_path / "other", student.condense_plan)
 
 
+def test_logits_that_are_no_multiple_of_the_heads_output_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, student, blocks = pair("qwen2_moe", [1])
+    forward = student.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:  # as Gemma does
+        output = forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits)
+        return output
+
+    monkeypatch.setattr(student, "forward", capped)
+    with pytest.raises(ValueError, match="Use the form 'blocks'"):
+        Distillation(student, blocks, "logits")
+
+
+def test_tokens_on_which_a_block_gives_nothing() -> None:
+    _, student, blocks = pair("mixtral", [1])
+    for parameter in blocks[0].module.parameters():
+        parameter.data.zero_()
+    assert torch.isfinite(measure(Distillation(student, blocks, "blocks"), student))
+
+
+def test_teacher_follows_the_model_to_its_device() -> None:
+    for model_type in ("qwen2_moe", "granitemoeshared"):
+        _, student, blocks = pair(model_type, [1])
+        distillation = Distillation(student, blocks, "blocks")
+        student.to("meta")  # as a trainer moves it to a GPU, after the teacher was made
+        with distillation.watching():
+            pass
+        modules = [module for block in blocks for module in (block.module, block.shared) if module is not None]
+        assert {p.device.type for module in modules for p in module.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,7 +44,7 @@ def test_defaults_are_the_papers(lm_then_sft: ModuleType, tmp_path: Path) -> Non
     assert training.lr_scheduler_type == "cosine"
     assert training.bf16
     assert (args.stages, args.lm_dataset, args.lm_num_examples, args.distillation) == ("lm,sft", None, 100_000, "none")
-    assert model.dtype == "auto"
+    assert (model.dtype, model.lora_dropout) == ("auto", 0.0)
     assert set(vars(search).values()) == {None}
     lm, sft = (lm_then_sft.stage_arguments(stage, args, training) for stage in ("lm", "sft"))
     assert (lm.packing, lm.packing_strategy) == (True, "bfd_split")
@@ -130,6 +130,8 @@ def test_dry_run_under_a_launch_config(tmp_path: Path) -> None:
         (["--sft_dataset", "{place}/columns.json"], r"columns \['question'\]"),
         (["--lm_dataset", "{place}/missing.jsonl"], "does not exist"),
         (["--num_held_out", "0"], "num_held_out"),
+        (["--fsdp", "full_shard", "--load_in_4bit"], "`--load_in_4bit` does not go with FSDP"),
+        (["--distillation", "blocks", "--teacher_name_or_path", "x", "--fsdp", "full_shard"], "`--distillation` does"),
         (["--lm_num_examples", "0"], "lm_num_examples"),
         (["--output_dir", "{place}/full"], "not an empty folder"),
         (["--output_dir", "{place}/full", "--resume_from_checkpoint", "true"], "holds another run"),

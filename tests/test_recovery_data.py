@@ -96,6 +96,27 @@ def test_rows_without_text_are_dropped_and_said(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize(
+    ("row", "empty"),
+    [
+        ({"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": ""}),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": CHAT[:1], "completion": []}),
+        ({"messages": CHAT}, {"messages": []}),
+        ({"input_ids": [1, 2]}, {"input_ids": []}),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}),
+    ],
+)
+def test_rows_without_content_are_dropped_in_every_form(row: dict[str, Any], empty: dict[str, Any]) -> None:
+    data = load_stage_data("sft", Dataset.from_list([*[row] * 5, *[empty] * 3]))
+    assert len(data.train) + len(data.held_out) == 5
+
+
+def test_held_out_rows_of_their_own_must_have_text() -> None:
+    rows, others = Dataset.from_list(lm_rows(5)), Dataset.from_list([{"text": " "}])
+    with pytest.raises(ValueError, match=r"(?s)`lm_eval_dataset` .* has no row with text"):
+        load_stage_data("lm", rows, held_out=others)
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"question": "a", "answer": "b"}] * 4, r"columns \['question', 'answer'\].*`prompt` and `completion`"),

@@ -151,6 +151,15 @@ def test_nothing_to_train_is_said(tmp_path: Path) -> None:
     plan = search_plan(model, CondenseConfig(num_layers=1, num_experts=0), calibration=IDS)
     with pytest.raises(ValueError, match="nothing to train"):
         make_trainer(apply_plan(model, plan), tmp_path)
+    rows = [{"prompt": "w1 w2 w3", "completion": " w4"}] * 4
+    with pytest.raises(ValueError, match="No row of the train data is left"):
+        make_trainer(condensed_model(), tmp_path, rows, max_length=2)
+
+
+def test_routers_that_are_gone_can_not_be_balanced(tmp_path: Path) -> None:
+    model = condensed_model(layers=(1, 2, 3))
+    with pytest.raises(ValueError, match="no router is left"):
+        make_trainer(model, tmp_path, router_aux_loss_coef=0.1)
 
 
 # --- 4 and 8 bit ---

@@ -3,7 +3,7 @@
 Needs `trl` and `datasets`: `pip install "cdmoe_plugin[recipes]"`.
 """
 
-from .data import StageData, load_stage_data
+from .data import StageData, check_tokenizer, load_stage_data
 from .distillation import Distillation, DistillationForm, check_distillation, load_teacher_blocks
 from .output import Progress, claim_output_dir, condense_once, find_progress
 from .stages import StageSummary, finish, open_stage_model, run_stage
@@ -18,6 +18,7 @@ __all__ = [
     "StageData",
     "StageSummary",
     "check_distillation",
+    "check_tokenizer",
     "claim_output_dir",
     "condense_once",
     "condensed_parameters",

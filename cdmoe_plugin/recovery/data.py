@@ -14,6 +14,8 @@ from ..sources import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +88,25 @@ def load_stage_data(
     if not len(measured):
         raise ValueError(f"`{stage}_eval_dataset` {held_out} has no row with text.")
     return StageData(rows, measured, name)
+
+
+def check_tokenizer(stage: str, data: StageData, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """Says early what TRL would find only when it prepares a stage's data, which may be after another stage.
+
+    Raises:
+        ValueError: if rows are chats and there is no chat template, or texts and there is no end-of-sequence token.
+    """
+    row = data.train[0]
+    if "input_ids" in row:
+        return
+    if any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt")):
+        if tokenizer.chat_template is None and args.chat_template_path is None:
+            raise ValueError(
+                f"`{stage}_dataset` {data.source} holds chats, but the tokenizer has no chat template. Pass "
+                "`--chat_template_path`, or rows with `prompt` and `completion` as text."
+            )
+    elif tokenizer.eos_token is None and args.eos_token is None:
+        raise ValueError("The tokenizer has no end-of-sequence token. Name one of its tokens by `--eos_token`.")
 
 
 def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:

@@ -33,7 +33,7 @@ class Distillation:
     Args:
         model (`PreTrainedModel`): The condensed model; of a PEFT model, the one inside.
         blocks (`list[SparseBlock]`): The sparse blocks that condensed layers replaced, from the base model. They are
-            moved to where the condensed layers are.
+            moved to where the condensed layers are, also when these move later.
         form (`str`): "logits": KL divergence of the next token's distributions, `KL(teacher || student)`, both softened
             by the temperature. "blocks": at every condensed layer, the squared error between its output and the sparse
             block's for the same input, relative to the sparse block's output, token by token, mean over layers. Each
@@ -64,11 +64,18 @@ class Distillation:
         if missing:
             raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
-        for layer, block in self.blocks.items():
-            like = next(self.students[layer].parameters())
+        for block in self.blocks.values():
             for module in filter(None, (block.module, block.shared)):
-                module.to(like.device).eval().requires_grad_(False)
+                module.eval().requires_grad_(False)
+        self._follow()
         self._scale = self._logit_scale() if form == "logits" else 1.0
+
+    def _follow(self) -> None:
+        """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
+        for layer, block in self.blocks.items():
+            device = next(self.students[layer].parameters()).device
+            for module in filter(None, (block.module, block.shared)):
+                module.to(device)
 
     @contextmanager
     def watching(self) -> Iterator[dict[Any, Tensor]]:
@@ -76,6 +83,7 @@ class Distillation:
 
         Gradient checkpointing runs layers again in the backward pass, when nobody watches any more.
         """
+        self._follow()
         seen: dict[Any, Tensor] = {}
 
         def keep(key: Any) -> Callable[..., None]:

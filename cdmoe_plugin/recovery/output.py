@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .stages import TRAINER_STATE_FILE, StageSummary, write_json
+from .stages import TRAINER_STATE_FILE, StageSummary, unfinished, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 IDENTITY_FILE = "recipe.json"
 START_FOLDER = "condensed"
-_UNFINISHED = f".{START_FOLDER}.unfinished"
+_OF_A_BEGINNING = (IDENTITY_FILE, *(unfinished(Path(name)).name for name in (IDENTITY_FILE, START_FOLDER)))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
         identity = json.loads(json.dumps(identity))
         # A run that failed before it made anything leaves no more than its identity.
         begun = output_dir.exists() and (
-            not output_dir.is_dir() or any(p.name not in (IDENTITY_FILE, _UNFINISHED) for p in output_dir.iterdir())
+            not output_dir.is_dir() or any(p.name not in _OF_A_BEGINNING for p in output_dir.iterdir())
         )
         if begun and not resume:
             raise ValueError(
@@ -71,13 +71,14 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
     state.wait_for_everyone()
 
 
-def find_progress(output_dir: Path, stages: Sequence[str], resume: str | None) -> Progress:
+def find_progress(output_dir: Path, stages: Sequence[str], resume: str | bool | None) -> Progress:
     """Where a run goes on.
 
     Args:
         output_dir (`Path`): The run's folder.
         stages (`Sequence[str]`): Names of all stages, in their order.
-        resume (`str`, *optional*): None begins, "true" goes on at the last checkpoint, and a path at that one.
+        resume (`str` or `bool`, *optional*): None begins, "true" goes on at the last checkpoint, and a path at that
+            one.
 
     Raises:
         ValueError: if the path is not a whole checkpoint of this run, or if what was trained after it is still there.
@@ -88,11 +89,11 @@ def find_progress(output_dir: Path, stages: Sequence[str], resume: str | None) -
         if summary is None:
             break
         done.append(summary)
-    if resume is None or resume.lower() == "true":
+    if not resume or str(resume).lower() == "true":  # in a YAML file, `true` is no string
         checkpoint = last_checkpoint(output_dir / stages[len(done)]) if len(done) < len(stages) else None
         return Progress(done, checkpoint)
-    path = Path(resume).absolute()
-    if path.parent.parent != output_dir.absolute() or path.parent.name not in stages or not _is_whole(path):
+    path = Path(str(resume)).resolve()
+    if path.parent.parent != output_dir.resolve() or path.parent.name not in stages or not _is_whole(path):
         raise ValueError(
             f"`--resume_from_checkpoint` {resume} should be `true`, or a whole checkpoint "
             f"{output_dir}/<{' or '.join(stages)}>/{PREFIX_CHECKPOINT_DIR}-<step>."
@@ -127,12 +128,15 @@ def _step(checkpoint: Path) -> int:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """`Trainer` writes a checkpoint's trainer_state.json last, so one without was interrupted."""
+    """`Trainer` writes a checkpoint's trainer_state.json last, so one without was interrupted.
+
+    With `--save_only_model`, there is no random state, and neither are the optimiser and the learning rate.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return any(checkpoint.glob("rng_state*.pth"))
 
 
 def condense_once(output_dir: Path, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> Path:
@@ -146,10 +150,10 @@ def condense_once(output_dir: Path, make: Callable[[], tuple[PreTrainedModel, Pr
     state = PartialState()
     if state.is_main_process and not folder.exists():
         model, tokenizer = make()
-        unfinished = folder.with_name(_UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        part = unfinished(folder)
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
     state.wait_for_everyone()
     return folder

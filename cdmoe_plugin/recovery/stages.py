@@ -137,9 +137,13 @@ def finish(
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """
     last = output_dir / summaries[-1].stage
+    # Written aside and then moved, so that a folder which looks whole is whole.
+    part = unfinished(output_dir / "recovered")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     if (last / _ADAPTER_FILES[0]).is_file() and not merge:
         for name in _ADAPTER_FILES:
-            shutil.copyfile(last / name, output_dir / name)
+            shutil.copyfile(last / name, part / name)
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **model_kwargs)
         if (last / _ADAPTER_FILES[0]).is_file():
@@ -148,13 +152,25 @@ def finish(
             model = PeftModel.from_pretrained(model, last).merge_and_unload()
         else:
             load_condensed_weights(model, last)
-        model.config.condense_config["recovery"] = [asdict(summary) for summary in summaries]
-        model.save_pretrained(output_dir)
-    AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(output_dir)
+        earlier = model.config.condense_config.get("recovery") or []
+        model.config.condense_config["recovery"] = [*earlier, *(asdict(summary) for summary in summaries)]
+        model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(part)
+    configs = ("config.json", _ADAPTER_FILES[0])  # a folder opens by these
+    for path in (*output_dir.glob("*.safetensors"), *(output_dir / name for name in configs)):
+        path.unlink(missing_ok=True)  # a run that goes on may end in another form
+    for path in sorted(part.iterdir(), key=lambda path: path.name in configs):
+        path.replace(output_dir / path.name)
+    part.rmdir()
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    part = unfinished(path)
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where something is written before it gets its name."""
+    return path.with_name(f".{path.name}.unfinished")

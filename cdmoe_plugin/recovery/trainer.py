@@ -65,6 +65,8 @@ class CondensedSFTTrainer(SFTTrainer):
             unfreeze_condensed(condensed)
         with _trainable_although_quantised(model, has_adapters=peft_config is not None or is_peft(model)):
             super().__init__(model, *args, **kwargs)
+        if self.aux_loss_enabled and condensed.config.condense_config["all_condensed"]:
+            raise ValueError("`router_aux_loss_coef` should be 0: all sparse layers are condensed, no router is left.")
         per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         self.train_dataset = fill_up(self.train_dataset, per_step)
         self.eval_dataset = fill_up(self.eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes)
@@ -121,6 +123,8 @@ class CondensedSFTTrainer(SFTTrainer):
                     f"{before - after} of {before} rows of the {dataset_name} data are dropped: nothing to learn is "
                     f"left in their first {args.max_length} tokens. A larger `max_length` keeps them."
                 )
+            if not after:
+                raise ValueError(f"No row of the {dataset_name} data is left: set a larger `max_length`.")
         return dataset
 
     def prediction_step(
