@@ -55,7 +55,7 @@ class CondenseConfig:
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
     expert_selection: str = _help(
-        "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap or d_optimal.",
+        "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap, d_optimal.",
         "greedy",
     )
     layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2), local or global.", "greedy")

@@ -122,7 +122,8 @@ def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:
     """
     if not plan.layer_divergences:
         raise ValueError(
-            "The plan has no divergence per layer: no layer search was run, or a local one, or experts were dropped since."
+            "The plan has no divergence per layer: no layer search was run (or a local one), or experts were dropped "
+            "since."
         )
     figure = _bar_chart(plan.layer_divergences, [layer.layer for layer in plan.layers])
     figure.savefig(path, dpi=150)

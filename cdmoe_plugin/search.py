@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from .calibration import Calibration
 from .condensed import fold, standing_in
-from .modeling_cdmoe import CondensedMLP
 from .config import CondenseConfig
 from .layerwise import LayerStream, State
+from .modeling_cdmoe import CondensedMLP
 from .plan import CondensedLayer
 from .playback import LayerRecorder
 from .selection import lookup

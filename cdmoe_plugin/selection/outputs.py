@@ -63,8 +63,6 @@ class TokenComparison:
 class PerplexityComparison:
     """Absolute difference of each calibration sequence's perplexity, averaged (CD-MoE, section 4.4).
 
-    A sequence of one token predicts nothing and counts as no difference.
-
     Args:
         stream (`LayerStream`): The model, with a language-modelling head.
     """
