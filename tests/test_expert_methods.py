@@ -67,6 +67,18 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=1e-12)
 
 
+# Layers that norm what their block gives, mix it into several streams, or own the shared expert; other weight layouts.
+@pytest.mark.parametrize("model_type", ["afmoe", "dbrx", "granitemoeshared", "qwen4_exp_text"])
+@pytest.mark.parametrize("method", ["reap", "d_optimal", "pl_alpha_hill"])
+def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> None:
+    model = tiny_model(model_type, num_experts=4)
+    config = CondenseConfig(num_layers=2, num_experts=2, expert_selection=method, batch_size=3)
+    for row in search_plan(model, config, calibration=SEQUENCES[:3]).layers:
+        choice = (row.experts, row.gates)
+        scores = naive_own_divergences(model, SEQUENCES[:3], "js", row.layer, choice)
+        assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=0)
+
+
 def test_an_expert_that_no_token_chose_is_never_kept() -> None:
     assert 0 not in gates_of("deepseek_v3")[2]
     assert 4 not in gates_of("deepseek_v3")[3]
