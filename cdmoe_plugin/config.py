@@ -20,12 +20,21 @@ class CondenseConfig:
         num_experts (`int`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared expert only.
         layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
             order and without a layer search.
-        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1.
-        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2.
+        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen. "greedy" is Algorithm 1. By a number
+            per expert: "random" (drawn from `seed`), "l1" (lowest sum of absolute weights), "pl_alpha_hill" (heaviest
+            tail of the weights' spectra, Eq. 4), "frequency" (chosen by most tokens), "reap" (highest mean of gate
+            times norm of the output, arXiv 2510.13999). "d_optimal" adds the expert that most enlarges the volume
+            that the kept ones' outputs span (after arXiv 2605.28207).
+        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen. "greedy" is Algorithm 2; "global" ranks
+            layers once by what condensing each alone does to the model's output, "local" by what it does to the
+            layer's own output.
         metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
-            condensed form: "js", "kl" or "mse".
-        compare (`str`, defaults to `"hidden"`): Output that the layer search compares: "hidden" is the last hidden
-            state after the final norm (as in the published code), "logits" what the language-modelling head says.
+            condensed form: "js", "kl", "mse", or "ppl", the absolute difference of each calibration sequence's
+            perplexity, averaged. "ppl" is defined on the model's output only: it is for the layer search, whatever
+            `compare` says, the expert search then uses "js" as in the paper, and "local" can't be combined with it.
+        compare (`str`, defaults to `"hidden"`): Output of the model that the layer search compares: "hidden" is the
+            last hidden state after the final norm (as in the published code), "logits" what the language-modelling
+            head says.
         gates (`str`, defaults to `"mean"`): How the constant gates are set; "mean" is Eq. 2.
         refit (`str`, *optional*): How condensed layers are fitted to the sparse model afterwards, on the calibration
             data. None: not at all, as in the paper. "down_proj": the down projection by ridge regression, in closed
@@ -51,9 +60,14 @@ class CondenseConfig:
     layers: list[int] | None = _help(
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
-    expert_selection: str = _help("How experts are chosen: greedy (Algorithm 1).", "greedy")
-    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2).", "greedy")
-    metric: str = _help("Divergence that the searches minimise: js, kl or mse.", "js")
+    expert_selection: str = _help(
+        "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap, d_optimal.",
+        "greedy",
+    )
+    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2), local or global.", "greedy")
+    metric: str = _help(
+        "Divergence that the searches minimise: js, kl, mse or ppl (ppl: layer search only, experts by js).", "js"
+    )
     compare: str = _help("Model output that the layer search compares: hidden or logits.", "hidden")
     gates: str = _help("How the constant gates are set: mean (Eq. 2).", "mean")
     refit: str | None = _help(
@@ -102,6 +116,23 @@ class CondenseConfig:
         doubled = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if doubled:
             raise ValueError(f"`layers` names {doubled} more than once: {layers}.")
+
+    @classmethod
+    def paper(cls) -> CondenseConfig:
+        """The settings of the paper's headline (CD-MoE, arXiv 2412.00069, section 4), whatever the defaults are."""
+        return cls(
+            num_layers=9,
+            num_experts=6,
+            expert_selection="greedy",
+            layer_selection="greedy",
+            metric="js",
+            compare="hidden",
+            gates="mean",
+            refit=None,
+            num_samples=100,
+            max_length=512,
+            seed=0,
+        )
 
     @property
     def cache_bytes(self) -> int:

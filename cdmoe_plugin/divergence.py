@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 # Added to probabilities inside each KL divergence, as in the published code of CD-MoE.
 EPSILON = 1e-10
@@ -47,6 +48,26 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": kl_divergence,
     "mse": mean_squared_error,
 }
+
+
+@torch.no_grad()
+def perplexities(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Perplexity of each sequence: exp of the mean negative log-likelihood of all its tokens but the first.
+
+    Args:
+        logits (`Tensor`): `[B, S, V]`; computed in float32 or wider.
+        input_ids (`Tensor`): `[B, S]`.
+        attention_mask (`Tensor`): `[B, S]`, 0 on padding at the right end.
+
+    Returns:
+        `Tensor`: float64 `[B]` on the device of `logits`; 1 for a sequence of one token, which predicts nothing.
+    """
+    targets = input_ids[:, 1:].to(logits.device)
+    counted = attention_mask[:, 1:].to(logits.device, torch.float64)
+    # Row by row: logits are as wide as the vocabulary.
+    losses = [cross_entropy(_wide(row[:-1]), ids, reduction="none") for row, ids in zip(logits, targets, strict=True)]
+    sums = (torch.stack(losses).double() * counted).sum(1)
+    return (sums / counted.sum(1).clamp_min(1)).exp()
 
 
 def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,11 +86,12 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, last_hidden: Tensor, batch: int) -> Tensor:
-        """What the model's own language-modelling head makes of a last hidden state `[B, S, H]`: `[B, S, V]`."""
-        if self.base is self.model:
-            raise ValueError(
-                "`compare='logits'` needs a model with a language-modelling head; this is only its decoder."
-            )
+        """What the model's own language-modelling head makes of a last hidden state `[B, S, H]`: `[B, S, V]`.
+
+        Raises:
+            ValueError: if the model has none.
+        """
+        self.check_head()
         ids, mask = self._inputs(self.batches[batch])
 
         def stand_in(*_args: Any, **_kwargs: Any) -> Any:
@@ -98,6 +99,18 @@ class LayerStream:
 
         with patched_forward(self.base, stand_in):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def check_head(self) -> None:
+        """Checks that the model has a language-modelling head.
+
+        Raises:
+            ValueError: if it is only a decoder.
+        """
+        if self.base is self.model:
+            raise ValueError(
+                "`compare='logits'` and `metric='ppl'` need a model with a language-modelling head; this is only its "
+                "decoder."
+            )
 
     def valid(self, batch: int) -> Tensor:
         """`[B, S]` bool: which positions of a batch are no padding."""

@@ -66,10 +66,13 @@ class CondensedLayer:
         layer (`int`): Decoder layer index (0 is the first decoder layer, dense or not).
         experts (`list[int]`): The kept routed experts in the order of their selection.
         gates (`list[float]`): Their constant gates (Eq. 2), in the same order.
-        score (`float`, *optional*): Divergence of the model's output once this layer and all layers before it in the
-            plan are condensed, as the layer search measured it. None where no layer search was run.
+        score (`float`, *optional*): Divergence of the model's output (by the config's `metric` and `compare`) once this
+            layer and all layers before it in the plan are condensed, as the layer search measured it. The same for
+            every `layer_selection`: "local" and "global", which rank by something else, measure it along their order.
+            None where no layer search was run.
         expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
-            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values).
+            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values), for every
+            `expert_selection`; by "js" where `metric` is "ppl".
     """
 
     layer: int
@@ -105,7 +108,7 @@ class CondensedLayer:
 class CondensePlan:
     """Which layers of a model are condensed, to which experts, with which gates.
 
-    Both greedy orders are nested, so one search serves every smaller budget: see `truncate`.
+    Both orders are nested, whatever the methods, so one search serves every smaller budget: see `truncate`.
 
     Args:
         layers (`list[CondensedLayer]`): The condensed layers in the order of their selection.
@@ -113,7 +116,8 @@ class CondensePlan:
         config (`dict`, *optional*): The `CondenseConfig` of the search.
         calibration (`dict`, *optional*): What the search was run on (source, samples, tokens).
         layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output when one layer alone is
-            condensed, by decoder layer (Figure 1 of the paper).
+            condensed, by decoder layer (Figure 1 of the paper). None where the layer search does not measure it
+            ("local") or none was run.
     """
 
     layers: list[CondensedLayer]
@@ -208,7 +212,7 @@ class CondensePlan:
     def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
         """The plan for a smaller budget: its first layers, with their first experts. Needs no model.
 
-        Greedy orders are nested, so the experts are those that a search for fewer would have chosen. The order of
+        Orders are nested, so the experts are those that a search for fewer would have chosen. The order of
         layers was found with more experts kept: `score` and `layer_divergences` are dropped where experts are.
 
         Raises:

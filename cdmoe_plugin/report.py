@@ -118,11 +118,12 @@ def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:
     """Draws the divergence of the model's output when one layer alone is condensed (Figure 1 of the paper), as PNG.
 
     Raises:
-        ValueError: if the plan has none, because its layers were given or because it was truncated.
+        ValueError: if the plan has none, because its layers were given or ranked locally, or because it was truncated.
     """
     if not plan.layer_divergences:
         raise ValueError(
-            "The plan has no divergence per layer: no layer search was run, or experts were dropped since."
+            "The plan has no divergence per layer: no layer search was run (or a local one), or experts were dropped "
+            "since."
         )
     figure = _bar_chart(plan.layer_divergences, [layer.layer for layer in plan.layers])
     figure.savefig(path, dpi=150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -12,15 +13,18 @@ from transformers.utils import logging
 from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
-from .divergence import METRICS
 from .layerwise import LayerStream, State
+from .modeling_cdmoe import CondensedMLP
 from .plan import CondensedLayer
 from .playback import LayerRecorder
 from .refit import check_refit
 from .selection import lookup
-from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
+from .selection.experts import EXPERT_SELECTIONS
 from .selection.gates import GATES
-from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerSearchData
+from .selection.layer_data import ExpertOrder, SparseLayerData
+from .selection.layers import LAYER_SELECTIONS
+from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
+from .selection.path import LayerSearchData
 from .sparse import SparseBlock
 from .state import SearchState
 
@@ -29,19 +33,24 @@ ChosenExperts = tuple[ExpertOrder, dict[int, float]]
 
 
 def check_methods(config: CondenseConfig) -> None:
-    """Checks that every method a config names is registered.
+    """Checks that every method a config names is registered, and that they go together.
 
     Raises:
-        ValueError: naming the field and the methods that exist.
+        ValueError: naming the field and the methods that exist, or the two fields that contradict each other.
     """
     if not isinstance(config, CondenseConfig):
         raise ValueError(f"`config` should be a CondenseConfig, but is a {type(config).__name__}.")
     lookup(EXPERT_SELECTIONS, config.expert_selection, "expert_selection")
     lookup(LAYER_SELECTIONS, config.layer_selection, "layer_selection")
-    lookup(METRICS, config.metric, "metric")
+    lookup(all_metrics(), config.metric, "metric")
     lookup(COMPARE, config.compare, "compare")
     lookup(GATES, config.gates, "gates")
     check_refit(config)
+    if config.layer_selection == "local" and config.metric in MODEL_METRICS:
+        raise ValueError(
+            f"`layer_selection='local'` compares each layer's own output, but `metric={config.metric!r}` is defined on "
+            "the output of the whole model only: choose another one of the two."
+        )
 
 
 class PlanSearch:
@@ -61,6 +70,8 @@ class PlanSearch:
         self.blocks = {block.layer: block for block in blocks}
         layers_path = blocks[0].path.rsplit(".", 2)[0]
         self.stream = LayerStream(model, layers_path, calibration.batches)
+        if config.layers is None and needs_head(config.metric, config.compare):
+            self.stream.check_head()
         self.token_weights = [
             (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
             for mask in (batch.attention_mask.float() for batch in calibration.batches)
@@ -86,29 +97,29 @@ class PlanSearch:
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
         return found
 
-    def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float]]:
-        """Order of layers, its divergences, and the divergence of each layer alone."""
-        mlps = {
-            layer: fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
-            for layer, (order, gates) in experts.items()
-        }
+    def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float] | None]:
+        """Order of layers, its divergences, and the divergence of each layer alone where the method measures it."""
+
+        @cache
+        def mlp(layer: int) -> CondensedMLP:
+            order, gates = experts[layer]
+            return fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
 
         def condense(layer: int) -> AbstractContextManager[None]:
-            return standing_in(self.model, self.blocks[layer], mlps[layer])
+            return standing_in(self.model, self.blocks[layer], mlp(layer))
 
         data = LayerSearchData(
             stream=self.stream,
             candidates=sorted(self.blocks),
             condense=condense,
-            metric=METRICS[self.config.metric],
-            output=COMPARE[self.config.compare],
-            token_weights=self.token_weights,
+            comparison=compare_outputs(self.config.metric, self.config.compare, self.stream, self.token_weights),
+            own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items()},
             cache_bytes=self.config.cache_bytes,
             known=self.state,
         )
         select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
         order = select(data, self.config.num_layers)
-        return order.layers, order.scores, order.rounds[0]
+        return order.layers, order.scores, order.rounds[0] if order.rounds else None
 
     def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
         block = self.blocks[layer]
@@ -123,9 +134,10 @@ class PlanSearch:
             block=block,
             calls=calls,
             gates=GATES[self.config.gates](calls, block.num_experts),
-            metric=METRICS[self.config.metric],
+            metric=layer_metric(self.config.metric),
             finish=self.stream.finish if is_last else _identity,
             cache_bytes=self.config.cache_bytes,
+            seed=self.config.seed,
         )
         return data, outputs
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.selection import experts, gates, layers
+from cdmoe_plugin.selection import experts, gates, layers, outputs
 from cdmoe_plugin.sparse import UnsupportedModelError
 from tests.tiny_models import REFUSED, available, random_ids, tiny_model
 
@@ -195,7 +195,7 @@ def test_config_against_model(wishes: dict[str, Any], words: str, model: PreTrai
 
 
 def test_unknown_methods(model: PreTrainedModel, folder: Path) -> None:
-    names: dict[str, Any] = {"metric": METRICS, "gates": gates.GATES, "compare": layers.COMPARE, "refit": []}
+    names: dict[str, Any] = {"metric": [*METRICS, "ppl"], "gates": gates.GATES, "compare": outputs.COMPARE, "refit": []}
     names |= {"expert_selection": experts.EXPERT_SELECTIONS, "layer_selection": layers.LAYER_SELECTIONS}
     for field, registry in names.items():
         for target in (model, folder):

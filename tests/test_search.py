@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
 from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.selection import experts as expert_room
+from cdmoe_plugin.selection import comparison
 
 from . import naive
 from .conftest import Record, build, state_of
@@ -127,8 +127,8 @@ def test_divergences_of_any_outputs(metric: str) -> None:
 @pytest.mark.parametrize("cache_memory", ["1KB", "30KB", "4GB"])
 def test_memory_and_pieces_do_not_matter(cache_memory: str, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens computed and compared in small pieces, all, some or none of them kept."""
-    monkeypatch.setattr(expert_room, "_COMPUTE_ELEMENTS", 6 * 32 * 7)
-    monkeypatch.setattr(expert_room, "_COMPARE_ELEMENTS", {"cpu": 5 * 32 * 3})
+    monkeypatch.setattr(comparison, "_COMPUTE_ELEMENTS", 6 * 32 * 7)
+    monkeypatch.setattr(comparison, "_COMPARE_ELEMENTS", {"cpu": 5 * 32 * 3})
     model = build("qwen2_moe", True)
     plan = search_plan(model, replace(SEARCH, cache_memory=cache_memory), calibration=SEQUENCES)
     check(plan, record, "qwen2_moe", True, "js", "hidden")

@@ -1,7 +1,7 @@
 """Which experts and layers are kept, and with which gates: Algorithms 1 and 2 of CD-MoE, and what may replace them.
 
 A method is a function in one of the registries: `gates.GATES`, `experts.EXPERT_SELECTIONS`,
-`layers.LAYER_SELECTIONS`, and `divergence.METRICS` for what they minimise.
+`layers.LAYER_SELECTIONS`, and `divergence.METRICS` and `outputs.MODEL_METRICS` for what they minimise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,15 @@ def least(scores: Mapping[int, float]) -> int:
     """The index of the smallest score; ties (to a relative 1e-6, the rounding of float32) go to the lower index."""
     best = min(scores.values())
     return min(index for index, score in scores.items() if score <= best + _TIE * abs(best))
+
+
+def ascending(scores: Mapping[int, float]) -> list[int]:
+    """The indices in the order of their scores, smallest first, ties as in `least`."""
+    left, order = dict(scores), []
+    while left:
+        order.append(least(left))
+        del left[order[-1]]
+    return order
 
 
 def lookup(registry: Mapping[str, T], name: str, field: str) -> T:

@@ -1,46 +1,18 @@
-"""Layer selection (Algorithm 2): which sparse layers are condensed, and in which order."""
+"""Layer selection: which sparse layers are condensed and in which order, by Algorithm 2 or one of its alternatives.
+
+Every order is nested, and comes with the divergence of the model's output along it: the same quantity for all methods,
+so that their plans can be compared.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
 from transformers.utils import logging
 
-from ..layerwise import LayerStream, State
-from . import least
-
-# What a candidate layer does while it stands condensed in the model.
-Condense = Callable[[int], AbstractContextManager[None]]
-
-
-@dataclass
-class LayerSearchData:
-    """Everything that layer selection may look at.
-
-    Args:
-        stream (`LayerStream`): The unmodified model on the calibration tokens.
-        candidates (`list[int]`): Decoder layers that may be condensed.
-        condense (`Callable`): Context manager that puts the condensed form of a layer in its place.
-        metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
-        output (`Callable`): From the last hidden state `[B, S, H]` of a batch to what is compared, from `COMPARE`.
-        token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
-        cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
-        known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
-    """
-
-    stream: LayerStream
-    candidates: list[int]
-    condense: Condense
-    metric: Callable[[Tensor, Tensor], Tensor]
-    output: Callable[[LayerStream, Tensor, int], Tensor]
-    token_weights: list[Tensor]
-    cache_bytes: int
-    known: MutableMapping[str, float] = field(default_factory=dict)
+from . import ascending, least
+from .path import LayerSearchData, ModelPath
 
 
 @dataclass(frozen=True)
@@ -50,8 +22,8 @@ class LayerOrder:
     Args:
         layers (`list[int]`): The chosen decoder layers.
         scores (`list[float]`): Divergence of the model's output once the first, the first two, ... are condensed.
-        rounds (`list[dict[int, float]]`): Divergence of every candidate in every round; the first round is each layer
-            on its own (Figure 1).
+        rounds (`list[dict[int, float]]`): Divergence of the model's output for every candidate in every round; the
+            first round is each layer on its own (Figure 1). Empty where the method does not look at the model's output.
     """
 
     layers: list[int]
@@ -62,12 +34,10 @@ class LayerOrder:
 def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     """Adds, one after the other, the layer whose condensation changes the model's output least (CD-MoE, Algorithm 2).
 
-    Outputs are compared with the unmodified model's. A candidate is run from the boundary just below it, where
-    nothing differs yet from the best model so far. Ties go to the lower index.
+    Outputs are compared with the unmodified model's. Ties go to the lower index.
     """
     order = LayerOrder([], [])
-    path = _Path(data)
-    target = path.outputs()
+    path = ModelPath(data)
     steps = sum(len(data.candidates) - i for i in range(num_layers))
     with logging.tqdm(total=steps, desc="Layer search", unit="candidate") as progress:
         for _ in range(num_layers):
@@ -75,10 +45,7 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
             for layer in data.candidates:
                 if layer in order.layers:
                     continue
-                name = "layers " + " ".join(map(str, [*order.layers, layer]))
-                if name not in data.known:
-                    data.known[name] = _finite(path.divergence(layer, target), layer)
-                scores[layer] = data.known[name]
+                scores[layer] = path.score(layer)
                 progress.update()
             best = least(scores)
             order.layers.append(best)
@@ -89,97 +56,40 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     return order
 
 
-LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {"greedy": greedy_layers}
+def global_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
+    """Layers whose condensation alone changes the model's output least first.
+
+    "Global Layer Comparison" in CD-MoE, section 4.4. Ranked once, ties to the lower index.
+    """
+    path = ModelPath(data)
+    with logging.tqdm(data.candidates, desc="Layer search", unit="candidate") as candidates:
+        alone = {layer: path.score(layer) for layer in candidates}
+    layers = ascending(alone)[:num_layers]
+    return LayerOrder(layers, _scores_along(path, layers), [alone])
 
 
-def last_hidden(_stream: LayerStream, last: Tensor, _batch: int) -> Tensor:
-    """The last hidden state after the final norm, which the published code compares."""
-    return last
+def local_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
+    """Layers whose own output changes least first ("Local Layer Comparison" in CD-MoE, section 4.4).
+
+    A layer's own divergence is the last one that the expert search measured for it, with all K experts kept; what
+    `compare` says does not matter for it. Ranked once, ties to the lower index.
+    """
+    layers = ascending({layer: data.own_divergences[layer] for layer in data.candidates})[:num_layers]
+    return LayerOrder(layers, _scores_along(ModelPath(data), layers))
 
 
-def logits(stream: LayerStream, last: Tensor, batch: int) -> Tensor:
-    """The logits, which is how the paper's text may be read ("the output of the final model layer")."""
-    return stream.logits(last, batch)
+LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
+    "greedy": greedy_layers,
+    "local": local_layers,
+    "global": global_layers,
+}
 
 
-COMPARE: dict[str, Callable[[LayerStream, Tensor, int], Tensor]] = {"hidden": last_hidden, "logits": logits}
-
-
-class _Path:
-    """The best model so far as hidden states at layer boundaries, as many of them as the memory budget allows."""
-
-    def __init__(self, data: LayerSearchData) -> None:
-        self.data = data
-        self.chosen: set[int] = set()
-        stream = data.stream
-        bytes_per_boundary = sum(s[0].numel() * s[0].element_size() for s in stream.embeddings)
-        kept = max(1, data.cache_bytes // bytes_per_boundary)
-        # Boundary 0 costs nothing: it is the embeddings, which the stream holds anyway.
-        self.stride = max(1, -(-len(stream) // kept))
-        self.boundaries: list[dict[int, State]] = [{0: state} for state in stream.embeddings]
-        self._fill(0)
-
-    def outputs(self) -> list[Tensor]:
-        """What is compared, on valid tokens, for the model without a candidate; one `[T, H]` per batch."""
-        return [self._output(batch, *self._nearest(batch, len(self.data.stream))) for batch in self._batches()]
-
-    def divergence(self, layer: int, target: list[Tensor]) -> float:
-        """Divergence from `target` with one more layer condensed."""
-        total = 0.0
-        for batch in self._batches():
-            output = self._output(batch, *self._nearest(batch, layer), extra=layer)
-            weights = self.data.token_weights[batch].to(output.device, torch.float64)
-            total += float(_per_token(self.data.metric, target[batch], output).double() @ weights)
-        return total
-
-    def choose(self, layer: int) -> None:
-        """Condenses a layer for good: all boundaries above it change."""
-        self.chosen.add(layer)
-        for kept in self.boundaries:
-            for boundary in [b for b in kept if b > layer]:
-                del kept[boundary]
-        self._fill(layer)
-
-    def _fill(self, start: int) -> None:
-        for batch in self._batches():
-            for boundary, state in self._run(batch, *self._nearest(batch, start)):
-                if boundary % self.stride == 0:
-                    self.boundaries[batch][boundary] = state
-
-    def _nearest(self, batch: int, boundary: int) -> tuple[int, State]:
-        start = max(b for b in self.boundaries[batch] if b <= boundary)
-        return start, self.boundaries[batch][start]
-
-    def _run(self, batch: int, start: int, state: State, extra: int | None = None) -> Iterator[tuple[int, State]]:
-        """The boundaries above `start`, one after the other."""
-        for layer in range(start, len(self.data.stream)):
-            condensed = layer in self.chosen or layer == extra
-            with self.data.condense(layer) if condensed else nullcontext():
-                state = self.data.stream.run_layer(layer, state, batch)
-            yield layer + 1, state
-
-    def _output(self, batch: int, start: int, state: State, extra: int | None = None) -> Tensor:
-        for _boundary, after in self._run(batch, start, state, extra):
-            state = after
-        stream = self.data.stream
-        output = self.data.output(stream, stream.finish(state[0]), batch)
-        return output[stream.valid(batch).to(output.device)]
-
-    def _batches(self) -> range:
-        return range(len(self.data.stream.batches))
-
-
-def _finite(divergence: float, layer: int) -> float:
-    if not math.isfinite(divergence):
-        raise ValueError(
-            f"With decoder layer {layer} condensed, the divergence of the model's output is {divergence}: the output "
-            "contains NaN or infinity. Check the checkpoint, and try dtype='float32'."
-        )
-    return divergence
-
-
-def _per_token(metric: Callable[[Tensor, Tensor], Tensor], target: Tensor, output: Tensor) -> Tensor:
-    # Logits are as wide as the vocabulary: a few rows at a time.
-    rows = max(1, 2**24 // target.shape[-1])
-    parts = [metric(t, o) for t, o in zip(target.split(rows), output.split(rows), strict=True)]
-    return torch.cat(parts)
+def _scores_along(path: ModelPath, layers: list[int]) -> list[float]:
+    """Divergences of the model's output along an order that is known."""
+    scores = []
+    for layer in layers:
+        scores.append(path.score(layer))
+        if len(scores) < len(layers):
+            path.choose(layer)
+    return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -78,9 +78,16 @@ class SparseBlock:
         return None if self.shared is None else read_gated_mlp(self.shared)
 
     @torch.no_grad()
-    def expert_outputs(self, x: Tensor) -> Tensor:
-        """`E_i(x)` of every routed expert, ungated: `[N, T, H]` for `x` of shape `[T, H]`, in the dtype of `x`."""
-        return self.expert_weights()(x, self.act_fn)
+    def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
+        """`E_i(x)` of routed experts, ungated: `[N, T, H]` for `x` of shape `[T, H]`, in the dtype of `x`.
+
+        Args:
+            experts (`Sequence[int]`, *optional*): Which ones, in this order (then N counts these); all by default.
+        """
+        weights = self.expert_weights()
+        if experts is not None:
+            weights = GatedWeights(*(part[list(experts)] for part in weights[:3]))
+        return weights(x, self.act_fn)
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:

@@ -1,0 +1,137 @@
+"""How far a sparse layer's output moves when only some of its experts are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..playback import LayerCall
+from .layer_data import SparseLayerData
+
+# Expert outputs are computed for so many numbers at a time, and candidates compared for so many: the second is small
+# enough for a CPU's cache, and large enough for a GPU.
+_COMPUTE_ELEMENTS = 2**26
+_COMPARE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+class LayerComparison:
+    """Divergences of a layer's output (means over sequences of means over tokens) when experts are added to it."""
+
+    def __init__(self, data: SparseLayerData) -> None:
+        self.data = data
+        self.chunks = [chunk for call in data.calls for chunk in _split(call, data)]
+        self.gates = data.gates.to(self.chunks[0].base.device, torch.float32)[:, None, None]
+        left = data.cache_bytes
+        for chunk in self.chunks:
+            size = chunk.inputs.numel() * chunk.inputs.element_size() * data.block.num_experts
+            chunk.cached = size <= left
+            left -= size if chunk.cached else 0
+
+    def keep(self, expert: int) -> None:
+        """Adds an expert for good."""
+        for chunk in self.chunks:
+            chunk.pending.append(expert)
+
+    def without(self) -> float:
+        """Divergence with the shared expert alone; to be asked before any expert is kept."""
+        return self._total(lambda chunk, rows: chunk.base[rows][None])[0]
+
+    def with_each(self) -> list[float]:
+        """Divergence with each expert of the layer added to the kept ones; NaN for those that are no candidates."""
+
+        def added(chunk: _Chunk, rows: slice) -> Tensor:
+            outputs = self._outputs(chunk)[:, rows]
+            return torch.addcmul(chunk.base[rows], outputs.float(), self.gates)
+
+        return self._total(added)
+
+    def along(self, experts: Sequence[int]) -> list[float]:
+        """Divergence with none of these experts, with the first, with the first two, ...; before any is kept."""
+        chosen = list(experts)
+        if not chosen:
+            return [self.without()]
+
+        def nested(chunk: _Chunk, rows: slice) -> Tensor:
+            if chunk.sums is None:
+                gated = self.data.block.expert_outputs(chunk.inputs, chosen).float() * self.gates[chosen]
+                chunk.sums = torch.cat([torch.zeros_like(gated[:1]), gated.cumsum(0)])
+            return chunk.base[rows] + chunk.sums[:, rows]
+
+        return self._total(nested)
+
+    @torch.no_grad()
+    def _total(self, candidates: Callable[[_Chunk, slice], Tensor]) -> list[float]:
+        total: Tensor | float = 0.0
+        for chunk in self.chunks:
+            for rows in chunk.windows():
+                y = candidates(chunk, rows)
+                divergence = self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
+                total = total + divergence.double() @ chunk.token_weights[rows].double()
+            if not chunk.cached:
+                chunk.outputs = None
+            chunk.sums = None
+        assert isinstance(total, Tensor)
+        return total.tolist()
+
+    def _outputs(self, chunk: _Chunk) -> Tensor:
+        if chunk.outputs is None:
+            chunk.outputs = self.data.block.expert_outputs(chunk.inputs)
+        for expert in chunk.pending:
+            chunk.base.add_(chunk.outputs[expert].float(), alpha=float(self.data.gates[expert]))
+        chunk.pending.clear()
+        return chunk.outputs
+
+
+@dataclass
+class _Chunk:
+    """Some tokens of a layer: their inputs, what is kept so far, and what it is compared with."""
+
+    inputs: Tensor  # [t, H]
+    base: Tensor  # float32 [t, H], shared expert and kept experts
+    target: Tensor  # float32 [t, H'], the sparse layer's output
+    tail: Callable[[Tensor, slice], Tensor]
+    token_weights: Tensor  # float32 [t]
+    step: int  # tokens to compare at once
+    cached: bool = False
+    outputs: Tensor | None = None  # [N, t, H]
+    sums: Tensor | None = None  # float32 [K + 1, t, H], of the first gated experts of an order, while it is compared
+    pending: list[int] = field(default_factory=list)  # kept, but not in `base` yet
+
+    def windows(self) -> Iterator[slice]:
+        """The tokens in parts small enough to compare all candidates at once."""
+        if self.step >= len(self.inputs):
+            yield slice(None)
+            return
+        for start in range(0, len(self.inputs), self.step):
+            yield slice(start, start + self.step)
+
+
+def _split(call: LayerCall, data: SparseLayerData) -> Iterator[_Chunk]:
+    tokens, hidden_size = call.inputs.shape
+    width = data.block.num_experts * hidden_size
+    size, step = tokens, tokens
+    if call.tail.divisible:
+        size = max(1, _COMPUTE_ELEMENTS // width)
+        step = max(1, _COMPARE_ELEMENTS.get(call.inputs.device.type, _COMPARE_ELEMENTS["cpu"]) // width)
+    for start in range(0, tokens, size):
+        rows = slice(None) if size >= tokens else slice(start, start + size)
+        inputs = call.inputs[rows]
+        yield _Chunk(
+            inputs=inputs,
+            base=data.block.shared_output(inputs),
+            target=data.finish(call.tail(call.target[rows], rows)),
+            tail=call.tail if size >= tokens else _shifted(call, start),
+            token_weights=call.token_weights[rows],
+            step=step,
+        )
+
+
+def _shifted(call: LayerCall, start: int) -> Callable[[Tensor, slice], Tensor]:
+    def tail(y: Tensor, rows: slice) -> Tensor:
+        first = start + (rows.start or 0)
+        return call.tail(y, slice(first, first + y.shape[-2]))
+
+    return tail

@@ -1,0 +1,58 @@
+"""What expert selection looks at in a sparse layer, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..playback import LayerCall
+from ..sparse import SparseBlock
+
+
+@dataclass
+class SparseLayerData:
+    """Everything that expert selection may look at in one sparse layer.
+
+    Args:
+        block (`SparseBlock`): The sparse block.
+        calls (`list[LayerCall]`): The layer on all calibration batches.
+        gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
+        metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
+        finish (`Callable`): What the model does to the layer's output before it is compared: nothing, but the final
+            norm for the last decoder layer (as in the published code).
+        cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
+        seed (`int`): Seed of every random choice.
+    """
+
+    block: SparseBlock
+    calls: list[LayerCall]
+    gates: Tensor
+    metric: Callable[[Tensor, Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor]
+    cache_bytes: int
+    seed: int = 0
+
+    @property
+    def candidates(self) -> list[int]:
+        """Experts that at least one token chose."""
+        return [int(i) for i in torch.nonzero(~self.gates.isnan()).flatten()]
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """The experts of one layer in the order of their selection.
+
+    Args:
+        experts (`list[int]`): The kept experts.
+        scores (`list[float]`): Divergence of the layer's output with none of them, with the first, with the first two,
+            ...: the same quantity for every method, also where the order comes from something else.
+        steps (`list[dict[int, float]]`): Divergence of every candidate in every round; empty where the method has no
+            rounds.
+    """
+
+    experts: list[int]
+    scores: list[float]
+    steps: list[dict[int, float]] = field(default_factory=list)
