@@ -83,6 +83,8 @@ def make_parser() -> Any:
     parser.set_defaults(dtype="auto")
     # Every process would drop other values, and the result depend on how many there are.
     parser.set_defaults(lora_dropout=0.0)
+    # Where a base model is condensed first, the other processes wait for the one that searches.
+    parser.set_defaults(ddp_timeout=4 * 3600)
     return parser
 
 
