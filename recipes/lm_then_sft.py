@@ -97,6 +97,7 @@ def check(
         ValueError: naming the option, what was found and what to do.
     """
     from transformers import AutoConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from cdmoe_plugin.recovery import check_distillation
 
@@ -125,6 +126,11 @@ def check(
         if condensed and args.teacher_name_or_path is None:
             raise ValueError("`--distillation` needs `--teacher_name_or_path`: the sparse model, as it was before.")
     kind = sharding(training_args)
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 would split the model whenever it is opened, also where one process alone writes it: use "
+            "ZeRO-2 or FSDP (recipes/accelerate/)."
+        )
     for name, asked in (("distillation", args.distillation != "none"), ("load_in_4bit", model_args.load_in_4bit)):
         if kind and asked:
             raise ValueError(
