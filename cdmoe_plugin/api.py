@@ -16,8 +16,10 @@ from .layerwise import searching
 from .loading import check_whole, hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
 from .search import PlanSearch, check_methods
+from .selection.layers import LayerOrder
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
 from .state import SearchState, fingerprint
+from .trimming import check_trimming, trim_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +55,8 @@ def condense_pretrained(
         `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is what was applied.
 
     Raises:
-        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed, or decoder layers
+            that can't be dropped.
         ValueError: if config, plan or calibration do not fit; raised before anything expensive where that can be known.
     """
     given = config is not None
@@ -72,18 +75,25 @@ def condense_pretrained(
         return apply_plan(model, plan)
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
-    if plan is not None:
+    if plan is not None and plan.form != "trim_block":
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch, blocks = sketch_model(model, model_kwargs)
-    check_config(config, blocks)
-    data = load_calibration(
-        calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
-    )
+    data = None
+    if plan is not None:
+        plan.check_fits(model_shape(sketch, blocks))
+        check_trimming(sketch, blocks, plan.form, [layer.layer for layer in plan.layers])
+    else:
+        check_config(config, blocks)
+        check_trimming(sketch, blocks, config.form, config.layers)
+        if config.needs_calibration:
+            data = load_calibration(
+                calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
+            )
     opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
     loaded, loading_info = opened
     check_whole(loaded, loading_info)
-    return apply_plan(loaded, search_plan(loaded, config, calibration=data))
+    return apply_plan(loaded, plan or search_plan(loaded, config, calibration=data))
 
 
 def search_plan(
@@ -113,6 +123,10 @@ def search_plan(
     check_methods(config)
     blocks = _open_blocks(model)
     check_config(config, blocks)
+    check_trimming(model, blocks, config.form, config.layers)
+    if not config.needs_calibration:
+        rows = [CondensedLayer(layer, [], []) for layer in config.layers or []]
+        return CondensePlan(rows, model_shape(model, blocks), config.to_dict(), form=config.form)
     if not isinstance(calibration, Calibration):
         path = model.name_or_path
         own = (lambda: _own_tokenizer(path)) if path else None
@@ -123,20 +137,17 @@ def search_plan(
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
         search = PlanSearch(model, config, candidates, calibration, state)
         experts = search.experts()
-        if config.layers is None:
-            chosen, scores, alone = search.layers(experts)
-        else:
-            chosen, scores, alone = config.layers, None, None
+        chosen = search.layers(experts) if config.layers is None else LayerOrder(config.layers, [])
     rows = []
-    for i, layer in enumerate(chosen):
+    for i, layer in enumerate(chosen.layers):
         order, gates = experts[layer]
         rows.append(
             CondensedLayer(
                 layer=layer,
                 experts=order.experts,
                 gates=[gates[e] for e in order.experts],
-                score=None if scores is None else scores[i],
-                expert_scores=order.scores,
+                score=chosen.scores[i] if chosen.scores else None,
+                expert_scores=order.scores or None,
             )
         )
     return CondensePlan(
@@ -144,17 +155,21 @@ def search_plan(
         model=model_shape(model, blocks),
         config=config.to_dict(),
         calibration=calibration.to_dict(),
-        layer_divergences=alone,
+        layer_divergences=chosen.rounds[0] if chosen.rounds else None,
+        form=config.form,
+        layer_similarities=chosen.similarities,
     )
 
 
 def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -> PreTrainedModel:
     """Condenses a loaded model as a plan says, in place, and returns it.
 
-    The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint.
+    The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint. Only a plan
+    that trims blocks leaves it what it was, with fewer layers: it is saved as a checkpoint of its own architecture.
 
     Raises:
-        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        UnsupportedModelError: if the model is dense, has sparse layers that can't be condensed, or would have decoder
+            layers that its config can't describe once blocks are trimmed.
         ValueError: if the plan was made for another model, or if the model is condensed already. The model is then
             unchanged.
     """
@@ -165,8 +180,11 @@ def apply_plan(model: PreTrainedModel, plan: CondensePlan | str | os.PathLike) -
     plan.check_fits(shape)
     if plan.model is None:
         plan = replace(plan, model=shape)
+    if plan.form == "trim_block":
+        trim_blocks(model, blocks, plan)
+        return model
     parameters_before = model.num_parameters()
-    specs = apply_layers(model, blocks, plan.layers)
+    specs = apply_layers(model, blocks, plan.layers, plan.form)
     become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
     return model
 
@@ -216,6 +234,12 @@ def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
 
 
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
+    if config.form != plan.form:
+        logger.warning(f"The plan decides: its form is {plan.form!r}, not the config's {config.form!r}.")
+    if plan.form != "condense":
+        if config.num_layers != len(plan.layers):
+            logger.warning(f"The plan decides: {len(plan.layers)} layers, not the config's {config.num_layers}.")
+        return
     experts = max(len(layer.experts) for layer in plan.layers)
     if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
         logger.warning(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
+# What becomes of a chosen layer.
+FORMS = ("condense", "trim_layer", "trim_block")
+
 
 def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
@@ -20,8 +23,12 @@ class CondenseConfig:
         num_experts (`int`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared expert only.
         layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
             order and without a layer search.
+        form (`str`, defaults to `"condense"`): What becomes of a chosen layer. The other values are the paper's
+            baselines: "trim_layer" drops its MLP sub-layer (the residual stays), "trim_block" the whole decoder layer.
+            They search no experts: `num_experts`, `expert_selection` and `gates` then mean nothing.
         expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1.
-        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2.
+        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2, "similarity"
+            ranks them once by the cosine similarity of what enters and what leaves (He et al. 2024, arXiv 2406.15786).
         metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
             condensed form: "js", "kl" or "mse".
         compare (`str`, defaults to `"hidden"`): Output that the layer search compares: "hidden" is the last hidden
@@ -45,8 +52,12 @@ class CondenseConfig:
     layers: list[int] | None = _help(
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
+    form: str = _help(
+        "What becomes of a chosen layer: condense, trim_layer (MLP dropped) or trim_block (decoder layer dropped).",
+        "condense",
+    )
     expert_selection: str = _help("How experts are chosen: greedy (Algorithm 1).", "greedy")
-    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2).", "greedy")
+    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2) or similarity.", "greedy")
     metric: str = _help("Divergence that the searches minimise: js, kl or mse.", "js")
     compare: str = _help("Model output that the layer search compares: hidden or logits.", "hidden")
     gates: str = _help("How the constant gates are set: mean (Eq. 2).", "mean")
@@ -78,6 +89,8 @@ class CondenseConfig:
         for name in ("expert_selection", "layer_selection", "metric", "compare", "gates"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` should be a name, but is {getattr(self, name)!r}.")
+        if self.form not in FORMS:
+            raise ValueError(f"`form` is {self.form!r}, but only {', '.join(map(repr, FORMS))} exist.")
         self.cache_bytes  # noqa: B018  (raises where `cache_memory` is not a size)
 
     def _check_layers(self) -> None:
@@ -88,6 +101,11 @@ class CondenseConfig:
         doubled = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if doubled:
             raise ValueError(f"`layers` names {doubled} more than once: {layers}.")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is left to search: layers that are named and only dropped need no data."""
+        return self.form == "condense" or self.layers is None
 
     @property
     def cache_bytes(self) -> int:

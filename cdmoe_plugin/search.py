@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -14,12 +14,13 @@ from .condensed import fold, standing_in
 from .config import CondenseConfig
 from .divergence import METRICS
 from .layerwise import LayerStream, State
+from .modeling_cdmoe import Trimmed
 from .plan import CondensedLayer
 from .playback import LayerRecorder
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS, ExpertOrder, SparseLayerData
 from .selection.gates import GATES
-from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerSearchData
+from .selection.layers import COMPARE, LAYER_SELECTIONS, LayerOrder, LayerSearchData
 from .sparse import SparseBlock
 from .state import SearchState
 
@@ -67,7 +68,12 @@ class PlanSearch:
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
-        """Order of experts and gates of every candidate layer, with inputs from the unmodified model."""
+        """Order of experts and gates of every candidate layer, with inputs from the unmodified model.
+
+        Layers that are trimmed keep no experts, and none are searched.
+        """
+        if self.config.form != "condense":
+            return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
         found = {}
         states = list(self.stream.embeddings)
         for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
@@ -86,15 +92,25 @@ class PlanSearch:
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
         return found
 
-    def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float]]:
-        """Order of layers, its divergences, and the divergence of each layer alone."""
-        mlps = {
-            layer: fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
-            for layer, (order, gates) in experts.items()
-        }
+    def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
+        """Order of layers, and what was measured on the way."""
+        form = self.config.form
+        mlps: dict[int, nn.Module] = {}
+        for layer, (chosen, gates) in experts.items():
+            folded = form == "condense" and fold(self.blocks[layer], chosen.experts, [gates[e] for e in chosen.experts])
+            mlps[layer] = folded or Trimmed()
 
         def condense(layer: int) -> AbstractContextManager[None]:
+            if form == "trim_block":
+                return self.stream.skipping([layer])
             return standing_in(self.model, self.blocks[layer], mlps[layer])
+
+        def entering(layer: int, state: State, batch: int) -> Tensor:
+            if form == "trim_block":
+                return state[0]
+            # A layer without its MLP gives what would have entered that: no architecture's norms need to be known.
+            with standing_in(self.model, self.blocks[layer], Trimmed()):
+                return self.stream.run_layer(layer, state, batch)[0]
 
         data = LayerSearchData(
             stream=self.stream,
@@ -104,11 +120,11 @@ class PlanSearch:
             output=COMPARE[self.config.compare],
             token_weights=self.token_weights,
             cache_bytes=self.config.cache_bytes,
+            entering=entering,
             known=self.state,
         )
         select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
-        order = select(data, self.config.num_layers)
-        return order.layers, order.scores, order.rounds[0]
+        return select(data, self.config.num_layers)
 
     def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
         block = self.blocks[layer]

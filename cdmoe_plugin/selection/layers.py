@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers.utils import logging
 
 from ..layerwise import LayerStream, State
@@ -30,6 +31,8 @@ class LayerSearchData:
         output (`Callable`): From the last hidden state `[B, S, H]` of a batch to what is compared, from `COMPARE`.
         token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
         cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
+        entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
+            is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
         known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
     """
 
@@ -40,6 +43,7 @@ class LayerSearchData:
     output: Callable[[LayerStream, Tensor, int], Tensor]
     token_weights: list[Tensor]
     cache_bytes: int
+    entering: Callable[[int, State, int], Tensor]
     known: MutableMapping[str, float] = field(default_factory=dict)
 
 
@@ -52,11 +56,14 @@ class LayerOrder:
         scores (`list[float]`): Divergence of the model's output once the first, the first two, ... are condensed.
         rounds (`list[dict[int, float]]`): Divergence of every candidate in every round; the first round is each layer
             on its own (Figure 1).
+        similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, where they were ranked by them;
+            nothing else was measured then.
     """
 
     layers: list[int]
     scores: list[float]
     rounds: list[dict[int, float]] = field(default_factory=list)
+    similarities: dict[int, float] | None = None
 
 
 def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
@@ -89,7 +96,45 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     return order
 
 
-LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {"greedy": greedy_layers}
+def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
+    """Ranks layers once, those first whose output is most like their input (He et al. 2024, arXiv 2406.15786).
+
+    A layer's similarity is the mean over sequences of the mean over tokens of the cosine between what enters it and
+    what leaves it (the residual included) in the unmodified model, computed in float64. Ties go to the lower index.
+    """
+    similarities: dict[int, float] = {}
+    states = list(data.stream.embeddings)
+    for layer in logging.tqdm(range(max(data.candidates) + 1), desc="Layer similarities", unit="layer"):
+        outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
+        if layer in data.candidates:
+            name = f"similarity {layer}"
+            if name not in data.known:
+                data.known[name] = _similarity(data, layer, states, outputs)
+            similarities[layer] = data.known[name]
+        states = outputs
+    left = {layer: -similarity for layer, similarity in similarities.items()}
+    order: list[int] = []
+    for _ in range(num_layers):
+        order.append(least(left))
+        del left[order[-1]]
+    return LayerOrder(order, [], similarities=similarities)
+
+
+def _similarity(data: LayerSearchData, layer: int, states: list[State], outputs: list[State]) -> float:
+    total = 0.0
+    for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
+        leaving = output[0].flatten(2)  # a few architectures have several residual streams
+        entering = data.entering(layer, state, batch).flatten(2)
+        valid = data.stream.valid(batch).to(leaving.device)
+        cosines = cosine_similarity(entering[valid].double(), leaving[valid].double(), dim=-1)
+        total += float(cosines @ data.token_weights[batch].to(cosines))
+    return total
+
+
+LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
+    "greedy": greedy_layers,
+    "similarity": similar_layers,
+}
 
 
 def last_hidden(_stream: LayerStream, last: Tensor, _batch: int) -> Tensor:
