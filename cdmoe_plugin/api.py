@@ -85,7 +85,7 @@ def condense_pretrained(
         check_trimming(sketch, blocks, plan.form, [layer.layer for layer in plan.layers])
     else:
         check_config(config, blocks)
-        check_trimming(sketch, blocks, config.form, config.layers)
+        check_trimming(sketch, blocks, config.form, config.layers, config.num_layers)
         if config.needs_calibration:
             data = load_calibration(
                 calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
@@ -123,7 +123,7 @@ def search_plan(
     check_methods(config)
     blocks = _open_blocks(model)
     check_config(config, blocks)
-    check_trimming(model, blocks, config.form, config.layers)
+    check_trimming(model, blocks, config.form, config.layers, config.num_layers)
     if not config.needs_calibration:
         rows = [CondensedLayer(layer, [], []) for layer in config.layers or []]
         return CondensePlan(rows, model_shape(model, blocks), config.to_dict(), form=config.form)

@@ -121,7 +121,7 @@ def dry_run(
         check_trimming(sketch, blocks, request.form, list(experts))
     else:
         check_config(request, blocks)
-        check_trimming(sketch, blocks, request.form, request.layers)
+        check_trimming(sketch, blocks, request.form, request.layers, request.num_layers)
         layers = request.layers or [block.layer for block in blocks[: request.num_layers]]
         experts = dict.fromkeys(layers, request.num_experts)
     width = (sketch.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize

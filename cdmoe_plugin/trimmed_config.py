@@ -76,13 +76,18 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
     choices = {name: readings(name, value, kept, total) for name, value in values.items() if name != count}
     choices = {name: found for name, found in choices.items() if len(found) > 1 or found[0] != values[name]}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    before = _build(type(model), config)
+    try:
+        before = _build(type(model), config)
+        with_buffers = _computes_buffers(before.base_model.get_submodule(layers_path))
+        before = _build(type(model), config, with_buffers) if with_buffers else before
+    except _Mismatch as error:
+        raise UnsupportedModelError(f"{what}: its own config does not build it ({error}).") from error
     reasons = []
     for chosen in islice(product(*choices.values()), _MAX_TRIES):
         fields = {count: len(kept), **dict(zip(choices, chosen, strict=True))}
         fields = {name: value for name, value in fields.items() if value != values[name]}
         try:
-            after = _build(type(model), _changed(config, fields))
+            after = _build(type(model), _changed(config, fields), with_buffers)
             return Remaining(kept, fields, _compare(before, after, f"{prefix}{layers_path}.", kept, total))
         except _Mismatch as error:
             reasons.append(str(error))
@@ -118,8 +123,12 @@ def _changed(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConf
     return changed
 
 
-def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model from what `config` leaves in a file; parameters on the meta device, buffers with their values."""
+def _computes_buffers(layers: nn.Module) -> bool:
+    return any(module._non_persistent_buffers_set for module in layers.modules())
+
+
+def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig, with_buffers: bool = False) -> PreTrainedModel:
+    """A model from what `config` leaves in a file; parameters on the meta device, buffers too unless asked for."""
     try:
         with TemporaryDirectory() as folder:
             config.to_json_file(Path(folder) / "config.json")
@@ -127,7 +136,8 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
         for name, value in vars(config).items():
             if not name.startswith("_") and isinstance(value, list) and vars(again).get(name) != value:
                 raise _Mismatch(f"`{name}` would be {vars(again).get(name)} instead of {value}")
-        with init_empty_weights(include_buffers=False):
+        # With buffers, every parameter takes memory for a moment; nearly no architecture needs that.
+        with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             return model_class(again)
     except _Mismatch:
         raise
@@ -175,8 +185,12 @@ def _compare_tensors(where: str, old: nn.Module, new: nn.Module, shared: bool) -
         raise _Mismatch(f"{where} would have the weights {other} instead of {one}")
     before, after = _computed(old), _computed(new)
     lost = set() if shared else before.keys() - after.keys()
-    if lost or not all(name in before and torch.equal(before[name], after[name]) for name in after):
+    if lost or not all(name in before and _same(before[name], after[name]) for name in after):
         raise _Mismatch(f"the buffers {sorted(before)} of {where} would have other values")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
 
 
 def _saved_shapes(module: nn.Module) -> dict[str, list[int]]:

@@ -26,7 +26,11 @@ def layers_path(blocks: Sequence[SparseBlock]) -> str:
 
 
 def check_trimming(
-    model: PreTrainedModel, blocks: Sequence[SparseBlock], form: str, layers: Sequence[int] | None
+    model: PreTrainedModel,
+    blocks: Sequence[SparseBlock],
+    form: str,
+    layers: Sequence[int] | None,
+    num_layers: int = 1,
 ) -> None:
     """Checks that a model can do without decoder layers, where blocks are to be trimmed; it may be on the meta device.
 
@@ -36,18 +40,21 @@ def check_trimming(
         form (`str`): What becomes of the layers; only "trim_block" is checked.
         layers (`Sequence[int]`, *optional*): The layers that will be dropped. Before a search, which of them will is
             not known: it is checked that each sparse one could be dropped alone.
+        num_layers (`int`, defaults to 1): How many will be dropped, where `layers` is None.
 
     Raises:
         UnsupportedModelError: naming the layers and the reason.
     """
     if form != "trim_block":
         return
-    if layers is not None:
-        without_layers(model, layers_path(blocks), layers)
+    path = layers_path(blocks)
+    total = len(model.base_model.get_submodule(path))  # type: ignore[arg-type]
+    if layers is not None or num_layers >= total:
+        without_layers(model, path, range(total) if layers is None else layers)
         return
     for block in blocks:
         try:
-            without_layers(model, layers_path(blocks), [block.layer])
+            without_layers(model, path, [block.layer])
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error} Name layers that can be dropped in `layers`.") from error
 
