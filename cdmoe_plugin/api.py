@@ -38,7 +38,8 @@ def condense_pretrained(
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
 
-    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory.
+    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory
+    (but where blocks are trimmed, the whole of it is read first).
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub name or folder of a sparse checkpoint, or a loaded model,

@@ -100,6 +100,8 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
 def readings(name: str, value: Any, kept: Sequence[int], total: int) -> list[Any]:
     """What a config field may have to be once only the `kept` of `total` layers are left, the likeliest first."""
     found: list[Any] = [value]
+    if "token" in name:  # a list of token ids may be as long as a shallow decoder
+        return found
     if isinstance(value, int) and not isinstance(value, bool) and re.search("layer|dense", name):
         # A boundary between layers, the first index above it or the last below.
         found += [sum(k < value for k in kept), sum(k <= value for k in kept) - 1]

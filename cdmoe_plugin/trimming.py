@@ -146,7 +146,6 @@ def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> 
         yield
     except BaseException:
         setattr(parent, name, layers)
-        config.clear()
         config.update(before)
         for module, attribute, value in attributes:
             setattr(module, attribute, value)
