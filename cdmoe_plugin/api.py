@@ -17,8 +17,10 @@ from .loading import check_whole, hub_kwargs, load_condensed, sketch_model
 from .plan import CondensedLayer, CondensePlan
 from .refit import check_calibration, refit_layers
 from .search import PlanSearch, check_methods
+from .selection.layers import LayerOrder
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
 from .state import SearchState, fingerprint
+from .trimming import check_trimming, trim_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +39,8 @@ def condense_pretrained(
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
 
-    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory.
+    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory
+    (but where blocks are trimmed, the whole of it is read first).
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub name or folder of a sparse checkpoint, or a loaded model,
@@ -56,7 +59,8 @@ def condense_pretrained(
         `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is what was applied.
 
     Raises:
-        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed, or decoder layers
+            that can't be dropped.
         ValueError: if config, plan or calibration do not fit; raised before anything expensive where that can be known.
     """
     given = config is not None
@@ -71,20 +75,27 @@ def condense_pretrained(
     if isinstance(model, PreTrainedModel):
         if model_kwargs:
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
-        if plan is None or config.refit is not None:
+        if config.refit is not None or (plan is None and config.needs_calibration):
             calibration = _calibration_for(model, config, calibration, tokenizer)
         plan = plan or search_plan(model, config, calibration=calibration)
         return apply_plan(model, plan, config, calibration=calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
-    if plan is not None and config.refit is None:
+    if plan is not None and config.refit is None and plan.form != "trim_block":
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch, blocks = sketch_model(model, model_kwargs)
-    check_config(config, blocks)
-    data = load_calibration(
-        calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
-    )
+    if plan is not None:
+        plan.check_fits(model_shape(sketch, blocks))
+        check_trimming(sketch, blocks, plan.form, [layer.layer for layer in plan.layers])
+    else:
+        check_config(config, blocks)
+        check_trimming(sketch, blocks, config.form, config.layers, config.num_layers)
+    data = None
+    if config.refit is not None or (plan is None and config.needs_calibration):
+        data = load_calibration(
+            calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
+        )
     opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
     loaded, loading_info = opened
     check_whole(loaded, loading_info)
@@ -119,6 +130,10 @@ def search_plan(
     check_methods(config)
     blocks = _open_blocks(model)
     check_config(config, blocks)
+    check_trimming(model, blocks, config.form, config.layers, config.num_layers)
+    if not config.needs_calibration:
+        rows = [CondensedLayer(layer, [], []) for layer in config.layers or []]
+        return CondensePlan(rows, model_shape(model, blocks), config.to_dict(), form=config.form)
     calibration = _calibration_for(model, config, calibration, tokenizer)
     if config.refit is not None:
         check_calibration(calibration)  # before the search, of which only the last step would need more
@@ -127,20 +142,17 @@ def search_plan(
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
         search = PlanSearch(model, config, candidates, calibration, state)
         experts = search.experts()
-        if config.layers is None:
-            chosen, scores, alone = search.layers(experts)
-        else:
-            chosen, scores, alone = config.layers, None, None
+        chosen = search.layers(experts) if config.layers is None else LayerOrder(config.layers, [])
     rows = []
-    for i, layer in enumerate(chosen):
+    for i, layer in enumerate(chosen.layers):
         order, gates = experts[layer]
         rows.append(
             CondensedLayer(
                 layer=layer,
                 experts=order.experts,
                 gates=[gates[e] for e in order.experts],
-                score=None if scores is None else scores[i],
-                expert_scores=order.scores,
+                score=chosen.scores[i] if chosen.scores else None,
+                expert_scores=order.scores or None,
             )
         )
     return CondensePlan(
@@ -148,7 +160,9 @@ def search_plan(
         model=model_shape(model, blocks),
         config=config.to_dict(),
         calibration=calibration.to_dict(),
-        layer_divergences=alone,
+        layer_divergences=chosen.rounds[0] if chosen.rounds else None,
+        form=config.form,
+        layer_similarities=chosen.similarities,
     )
 
 
@@ -162,7 +176,8 @@ def apply_plan(
 ) -> PreTrainedModel:
     """Condenses a loaded model as a plan says, in place, and returns it.
 
-    The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint.
+    The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint. Only a plan
+    that trims blocks leaves it what it was, with fewer layers: it is saved as a checkpoint of its own architecture.
 
     Args:
         model (`PreTrainedModel`): A loaded sparse model.
@@ -172,7 +187,8 @@ def apply_plan(
         calibration (*optional*), tokenizer (*optional*): As in `search_plan`; used for `refit` only.
 
     Raises:
-        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        UnsupportedModelError: if the model is dense, has sparse layers that can't be condensed, or would have decoder
+            layers that its config can't describe once blocks are trimmed.
         ValueError: if the plan was made for another model, if the model is condensed already, or if the calibration
             data does not do. The model is then unchanged.
     """
@@ -187,10 +203,15 @@ def apply_plan(
         plan = replace(plan, model=shape)
     mlps = None
     if config is not None and config.refit is not None:
+        if plan.form != "condense":
+            raise ValueError(f"`refit` is {config.refit!r}, but the plan's layers are trimmed: nothing is left to fit.")
         data = _calibration_for(model, config, calibration, tokenizer)
         mlps, fits = refit_layers(model, blocks, plan.layers, config, data)
+    if plan.form == "trim_block":
+        trim_blocks(model, blocks, plan)
+        return model
     parameters_before = model.num_parameters()
-    specs = apply_layers(model, blocks, plan.layers, mlps=mlps)
+    specs = apply_layers(model, blocks, plan.layers, plan.form, mlps=mlps)
     become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
     if mlps is not None and config is not None:
         note_refit(model, config, fits)
@@ -254,6 +275,12 @@ def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
 
 
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
+    if config.form != plan.form:
+        logger.warning(f"The plan decides: its form is {plan.form!r}, not the config's {config.form!r}.")
+    if plan.form != "condense":
+        if config.num_layers != len(plan.layers):
+            logger.warning(f"The plan decides: {len(plan.layers)} layers, not the config's {config.num_layers}.")
+        return
     experts = max(len(layer.experts) for layer in plan.layers)
     if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
         logger.warning(

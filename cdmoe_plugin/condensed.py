@@ -12,7 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import modeling_cdmoe
-from .modeling_cdmoe import CondensedMLP, CondensedModelMixin, Omitted, condensed_model_class, silence_router_loss
+from .modeling_cdmoe import (
+    CondensedMLP,
+    CondensedModelMixin,
+    Omitted,
+    Trimmed,
+    condensed_model_class,
+    silence_router_loss,
+)
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
@@ -87,15 +94,15 @@ def _fold_biases(mlp: CondensedMLP, shared: GatedWeights, scale: float) -> None:
         mlp.down_proj.bias.copy_((shared.down_bias.float() * scale).to(mlp.down_proj.bias.dtype))
 
 
-def install(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> None:
-    """Puts a condensed MLP in place of a sparse block for good."""
+def install(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> None:
+    """Puts a condensed MLP (or `Trimmed`) in place of a sparse block for good."""
     for parent, name, module in _places(model, block, mlp):
         setattr(parent, name, module)
 
 
 @contextmanager
-def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> Iterator[None]:
-    """Puts a condensed MLP in place of a sparse block for a while."""
+def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> Iterator[None]:
+    """Puts a condensed MLP (or `Trimmed`) in place of a sparse block for a while."""
     places = _places(model, block, mlp)
     before = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
     try:
@@ -107,7 +114,7 @@ def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -
             setattr(parent, name, module)
 
 
-def _places(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> list[tuple[nn.Module, str, nn.Module]]:
+def _places(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     parent_path, _, name = block.path.rpartition(".")
     parent = model.base_model.get_submodule(parent_path)
     places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
@@ -116,16 +123,18 @@ def _places(model: PreTrainedModel, block: SparseBlock, mlp: CondensedMLP) -> li
     return places
 
 
-def layer_spec(block: SparseBlock, mlp: CondensedMLP) -> dict[str, Any]:
+def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
     """What config.json must tell to build a condensed layer again (see `modeling_cdmoe.install_condensed_layers`)."""
+    place = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
+    if not isinstance(mlp, CondensedMLP):
+        return {**place, "form": "trim_layer"}
     return {
-        "module": block.path,
+        **place,
         "intermediate_size": mlp.intermediate_size,
         "shared_intermediate_size": mlp.shared_intermediate_size,
         "shared_expert_gate": mlp.shared_expert_gate is not None,
         "bias": mlp.gate_proj.bias is not None,
         "hidden_act": block.hidden_act,
-        "omitted": [] if block.shared_name is None else [block.shared_name],
     }
 
 
@@ -202,22 +211,27 @@ def apply_layers(
     model: PreTrainedModel,
     blocks: Sequence[SparseBlock],
     layers: Sequence[CondensedLayer],
+    form: str = "condense",
     at_once: bool = True,
     mlps: Mapping[int, CondensedMLP] | None = None,
 ) -> dict[int, Any]:
     """Folds and installs the layers of a plan; returns the specs for config.json by decoder layer.
 
     Args:
+        form (`str`, defaults to `"condense"`): With "trim_layer", MLPs are dropped and nothing is folded.
         at_once (`bool`, defaults to `True`): Whether all layers are folded before the first is installed, so that a
             failure leaves the model as it was; else one after the other, which needs less memory.
         mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
     """
     by_layer = {block.layer: block for block in blocks}
 
-    def make(chosen: CondensedLayer) -> CondensedMLP:
-        return fold(by_layer[chosen.layer], chosen.experts, chosen.gates) if mlps is None else mlps[chosen.layer]
+    def made(chosen: CondensedLayer) -> tuple[SparseBlock, nn.Module]:
+        block = by_layer[chosen.layer]
+        if form == "trim_layer":
+            return block, Trimmed()
+        return block, fold(block, chosen.experts, chosen.gates) if mlps is None else mlps[chosen.layer]
 
-    folded = ((by_layer[chosen.layer], make(chosen)) for chosen in layers)
+    folded = (made(chosen) for chosen in layers)
     specs = {}
     for block, mlp in list(folded) if at_once else folded:
         install(model, block, mlp)
@@ -226,7 +240,7 @@ def apply_layers(
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
-    """The condensed MLPs of a condensed model by decoder layer, in the order of depth.
+    """The condensed MLPs of a condensed model by decoder layer, in the order of depth; none where they were trimmed.
 
     Raises:
         ValueError: if the model is not condensed.
@@ -236,4 +250,4 @@ def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
         raise ValueError(f"{type(model).__name__} is not condensed: use `condense_pretrained` or `apply_plan` first.")
     specs = sorted(config["condensed_layers"].items(), key=lambda item: int(item[0]))
     mlps: dict[int, Any] = {int(layer): model.base_model.get_submodule(spec["module"]) for layer, spec in specs}
-    return mlps
+    return {layer: mlp for layer, mlp in mlps.items() if not isinstance(mlp, Trimmed)}

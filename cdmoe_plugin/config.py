@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
+# What becomes of a chosen layer.
+FORMS = ("condense", "trim_layer", "trim_block")
+
 
 def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
@@ -20,6 +23,9 @@ class CondenseConfig:
         num_experts (`int`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared expert only.
         layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
             order and without a layer search.
+        form (`str`, defaults to `"condense"`): What becomes of a chosen layer. The other values are the paper's
+            baselines: "trim_layer" drops its MLP sub-layer (the residual stays), "trim_block" the whole decoder layer.
+            They search no experts: `num_experts`, `expert_selection` and `gates` then mean nothing.
         expert_selection (`str`, defaults to `"greedy"`): How experts are chosen. "greedy" is Algorithm 1. By a number
             per expert: "random" (drawn from `seed`), "l1" (lowest sum of absolute weights), "pl_alpha_hill" (heaviest
             tail of the weights' spectra, Eq. 4), "frequency" (chosen by most tokens), "reap" (highest mean of gate
@@ -27,7 +33,8 @@ class CondenseConfig:
             that the kept ones' outputs span (after arXiv 2605.28207).
         layer_selection (`str`, defaults to `"greedy"`): How layers are chosen. "greedy" is Algorithm 2; "global" ranks
             layers once by what condensing each alone does to the model's output, "local" by what it does to the
-            layer's own output.
+            layer's own output, "similarity" by the cosine similarity of what enters and what leaves the layer (He et
+            al. 2024, arXiv 2406.15786).
         metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
             condensed form: "js", "kl", "mse", or "ppl", the absolute difference of each calibration sequence's
             perplexity, averaged. "ppl" is defined on the model's output only: it is for the layer search, whatever
@@ -60,11 +67,15 @@ class CondenseConfig:
     layers: list[int] | None = _help(
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
+    form: str = _help(
+        "What becomes of a chosen layer: condense, trim_layer (MLP dropped) or trim_block (decoder layer dropped).",
+        "condense",
+    )
     expert_selection: str = _help(
         "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap, d_optimal.",
         "greedy",
     )
-    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2), local or global.", "greedy")
+    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2), local, global or similarity.", "greedy")
     metric: str = _help(
         "Divergence that the searches minimise: js, kl, mse or ppl (ppl: layer search only, experts by js).", "js"
     )
@@ -106,6 +117,8 @@ class CondenseConfig:
         for name in ("expert_selection", "layer_selection", "metric", "compare", "gates"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` should be a name, but is {getattr(self, name)!r}.")
+        if self.form not in FORMS:
+            raise ValueError(f"`form` is {self.form!r}, but only {', '.join(map(repr, FORMS))} exist.")
         self.cache_bytes  # noqa: B018  (raises where `cache_memory` is not a size)
 
     def _check_layers(self) -> None:
@@ -133,6 +146,11 @@ class CondenseConfig:
             max_length=512,
             seed=0,
         )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is left to search: layers that are named and only dropped need no data."""
+        return self.form == "condense" or self.layers is None
 
     @property
     def cache_bytes(self) -> int:

@@ -6,7 +6,7 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class LayerStream:
         self._carried: dict[str, int] = {}
         self._head: list[nn.Module] = []
         self._wide: list[nn.Module] | None = None
+        self._skipped: set[int] = set()
         self._learn_form()
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
@@ -68,6 +69,16 @@ class LayerStream:
     def call_layer(self, layer: int, state: State, batch: int) -> State:
         """As `run_layer`, for what need not be finite."""
         return self._run(layer, state, *self._calls[batch][layer])
+
+    @contextmanager
+    def skipping(self, layers: Iterable[int]) -> Iterator[None]:
+        """Lets decoder layers hand on what they are given, as if they were not there, for a while."""
+        before = self._skipped
+        self._skipped = before | set(layers)
+        try:
+            yield
+        finally:
+            self._skipped = before
 
     @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
@@ -117,7 +128,9 @@ class LayerStream:
         return self.batches[batch].attention_mask.bool()
 
     def _run(self, layer: int, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
-        if layer > 0:
+        if layer in self._skipped:
+            return state
+        if len(state) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
             kwargs = kwargs | {name: state[index] for name, index in self._carried.items()}
         output = self.layers[layer](state[0], *args, **kwargs)
         return output if isinstance(output, tuple) else (output,)

@@ -35,7 +35,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
-        plan (`CondensePlan`): What to condense.
+        plan (`CondensePlan`): What to condense; its form is not "trim_block".
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -56,7 +56,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
     for block in small:
         probe_blocks(model, [block], router_experts=counts[block.layer])
-    specs = apply_layers(model, small, renumbered, at_once=False)
+    specs = apply_layers(model, small, renumbered, plan.form, at_once=False)
     plan = plan if plan.model is not None else replace(plan, model=shape)
     become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
     return model

@@ -107,8 +107,15 @@ class Omitted(nn.Module):
         return hidden_states.new_zeros(())
 
 
+class Trimmed(nn.Module):
+    """Stands where a layer's MLP has been dropped whole: only the residual passes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 def install_condensed_layers(model: PreTrainedModel) -> None:
-    """Puts an empty `CondensedMLP` in place of every block that `model.config.condense_config` lists.
+    """Puts an empty `CondensedMLP` (or `Trimmed`) in place of every block that `model.config.condense_config` lists.
 
     Raises:
         ValueError: if the config names modules that the model does not have, or describes them wrongly.
@@ -125,18 +132,9 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
             parent_name, _, name = spec["module"].rpartition(".")
             parent = model.base_model.get_submodule(parent_name)
             parent.get_submodule(name)
-            replacement = CondensedMLP(
-                hidden_size=model.config.get_text_config().hidden_size,
-                intermediate_size=spec["intermediate_size"],
-                hidden_act=spec["hidden_act"],
-                shared_intermediate_size=spec["shared_intermediate_size"],
-                shared_expert_gate=spec["shared_expert_gate"],
-                bias=spec["bias"],
-            )
+            replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
             for other in spec["omitted"]:
                 parent.get_submodule(other)
-            if not 0 <= spec["shared_intermediate_size"] <= spec["intermediate_size"]:
-                raise ValueError("the shared expert is wider than the layer")
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
@@ -146,6 +144,24 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
         setattr(parent, name, replacement)
         for other in spec["omitted"]:
             setattr(parent, other, Omitted())
+
+
+def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
+    form = spec.get("form", "condense")
+    if form == "trim_layer":
+        return Trimmed()
+    if form != "condense":
+        raise ValueError(f"unknown form {form!r}")
+    if not 0 <= spec["shared_intermediate_size"] <= spec["intermediate_size"]:
+        raise ValueError("the shared expert is wider than the layer")
+    return CondensedMLP(
+        hidden_size=hidden_size,
+        intermediate_size=spec["intermediate_size"],
+        hidden_act=spec["hidden_act"],
+        shared_intermediate_size=spec["shared_intermediate_size"],
+        shared_expert_gate=spec["shared_expert_gate"],
+        bias=spec["bias"],
+    )
 
 
 def silence_router_loss(model: PreTrainedModel) -> None:

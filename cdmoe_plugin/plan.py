@@ -7,12 +7,12 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .config import is_int
+from .config import FORMS, is_int
 
 VERSION = 1
 
@@ -117,7 +117,11 @@ class CondensePlan:
         calibration (`dict`, *optional*): What the search was run on (source, samples, tokens).
         layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output when one layer alone is
             condensed, by decoder layer (Figure 1 of the paper). None where the layer search does not measure it
-            ("local") or none was run.
+            ("local", "similarity") or none was run.
+        form (`str`, defaults to `"condense"`): What becomes of the layers: "condense", "trim_layer" (their MLP
+            sub-layer is dropped) or "trim_block" (they are dropped whole). Trimmed layers keep no experts.
+        layer_similarities (`dict[int, float]`, *optional*): Cosine similarity of what enters and what leaves a layer,
+            by decoder layer, where layers were chosen by it.
     """
 
     layers: list[CondensedLayer]
@@ -125,6 +129,8 @@ class CondensePlan:
     config: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     layer_divergences: dict[int, float] | None = field(default=None)
+    form: str = "condense"
+    layer_similarities: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]
@@ -133,6 +139,11 @@ class CondensePlan:
             raise ValueError(f"The plan condenses decoder layers {doubled} more than once.")
         if not self.layers:
             raise ValueError("The plan condenses no layer.")
+        if self.form not in FORMS:
+            raise ValueError(f"`form` should be one of {', '.join(map(repr, FORMS))}, but is {_short(self.form)}.")
+        keeping = [layer.layer for layer in self.layers if layer.experts]
+        if self.form != "condense" and keeping:
+            raise ValueError(f"The plan's form is {self.form!r}, but its decoder layers {keeping} keep experts.")
         if self.model is not None:
             self.check_fits(self.model)
 
@@ -140,7 +151,8 @@ class CondensePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
-        return {"version": VERSION, **asdict(self), "layer_divergences": _string_keys(self.layer_divergences)}
+        by_layer = {name: _string_keys(getattr(self, name)) for name in ("layer_divergences", "layer_similarities")}
+        return {"version": VERSION, **asdict(self), **by_layer}
 
     @classmethod
     def from_dict(cls, values: Any) -> CondensePlan:
@@ -157,18 +169,14 @@ class CondensePlan:
             )
         fields = _object(values, "plan", {"version": None, **cls.__dataclass_fields__})
         layers = _list(fields["layers"], "layers")
-        divergences = fields["layer_divergences"]
-        if divergences is not None:
-            divergences = {
-                _layer_key(k): _real(v, f"layer_divergences.{k}")
-                for k, v in _mapping(divergences, "layer_divergences").items()
-            }
         return cls(
             layers=[CondensedLayer.from_dict(row, f"layers[{i}]") for i, row in enumerate(layers)],
             model=None if fields["model"] is None else ModelShape.from_dict(fields["model"]),
             config=_flat_mapping(fields["config"], "config"),
             calibration=_flat_mapping(fields["calibration"], "calibration"),
-            layer_divergences=divergences,
+            layer_divergences=_by_layer(fields["layer_divergences"], "layer_divergences"),
+            form=fields["form"],
+            layer_similarities=_by_layer(fields["layer_similarities"], "layer_similarities"),
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -241,6 +249,34 @@ class CondensePlan:
             if config.get("layers") is not None:
                 config["layers"] = [layer.layer for layer in layers]
         return replace(self, layers=layers, config=config, layer_divergences=divergences)
+
+    def as_trimming(self, form: str) -> CondensePlan:
+        """The plan with its layers dropped instead of condensed, in the same order: the paper's baselines.
+
+        Experts, gates and whatever was measured with them are left out; `truncate(num_layers=...)` cuts it further.
+
+        Args:
+            form (`str`): "trim_layer" drops the layers' MLP sub-layers, "trim_block" the whole decoder layers.
+
+        Raises:
+            ValueError: if `form` is another one.
+        """
+        if form not in FORMS[1:]:
+            raise ValueError(f"`form` should be 'trim_layer' or 'trim_block', but is {_short(form)}.")
+        if form == self.form:
+            return self
+        layers = [CondensedLayer(layer.layer, [], []) for layer in self.layers]
+        config = None if self.config is None else {**self.config, "form": form}
+        # Of a block, something else enters and leaves than of its MLP.
+        similarities = None if "trim_block" in (form, self.form) else self.layer_similarities
+        return replace(
+            self,
+            layers=layers,
+            config=config,
+            layer_divergences=None,
+            form=form,
+            layer_similarities=similarities,
+        )
 
     def check_fits(self, model: ModelShape) -> None:
         """Checks that the plan can be applied to a model of these sizes.
@@ -325,10 +361,10 @@ def _object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"`{where}` has unknown fields {unknown}; known are {sorted(fields)}.")
     found = {}
     for name, spec in fields.items():
-        optional = spec is not None and spec.default is None
-        if name not in values and not optional:
+        default = MISSING if spec is None else spec.default
+        if name not in values and default is MISSING:
             raise ValueError(f"`{where}` lacks the field `{name}`.")
-        found[name] = values.get(name)
+        found[name] = values.get(name, default)
     return found
 
 
@@ -373,9 +409,16 @@ def _real(value: Any, where: str) -> float:
     return float(value)
 
 
-def _layer_key(key: Any) -> int:
+def _by_layer(values: Any, where: str) -> dict[int, float] | None:
+    """Numbers by decoder layer, or None."""
+    if values is None:
+        return None
+    return {_layer_key(k, where): _real(v, f"{where}.{k}") for k, v in _mapping(values, where).items()}
+
+
+def _layer_key(key: Any, where: str) -> int:
     if not (isinstance(key, str) and key.isascii() and key.isdigit()):
-        raise ValueError(f"`layer_divergences` should have layer indices as keys, but has {_short(key)}.")
+        raise ValueError(f"`{where}` should have layer indices as keys, but has {_short(key)}.")
     return int(key)
 
 

@@ -16,6 +16,7 @@ from .loading import sketch_model
 from .modeling_cdmoe import MODEL_CARD_MARK
 from .plan import CondensedLayer, CondensePlan
 from .sparse import check_config, model_shape
+from .trimming import check_trimming, parameters_without
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,13 +27,11 @@ _CARD = """---
 {mark}
 # {title}
 
-A condensed Mixture-of-Experts model: in {layers} decoder layers, the router and all but a few routed experts are gone,
-and those that are kept stand, with constant gates, beside the shared expert in one dense MLP
-([CD-MoE](https://arxiv.org/abs/2412.00069)). {parameters}
+{what} {parameters}
 
 {table}
 
-`score` is the divergence of the model's output once this layer and those above it in the table are condensed.
+`score` is the divergence of the model's output once this layer and those above it in the table are {done}.
 {calibration}
 {recovery}
 ## Use
@@ -47,6 +46,16 @@ model = AutoModelForCausalLM.from_pretrained("this checkpoint")
 `condense_plan.json` holds the whole plan; `cdmoe_plugin.condense_pretrained(base, plan="condense_plan.json")` makes
 this model again from the base model.
 """
+
+_CONDENSED = """A condensed Mixture-of-Experts model: in {layers} decoder layers, the router and all but a few routed
+experts are gone, and those that are kept stand, with constant gates, beside the shared expert in one dense MLP
+([CD-MoE](https://arxiv.org/abs/2412.00069))."""
+
+_TRIMMED = """A Mixture-of-Experts model with Layer Trimming ([He et al. 2024](https://arxiv.org/abs/2406.15786)): in
+{layers} decoder layers, the whole MLP sub-layer is gone, and only the residual passes."""
+
+# What is said of a plan's layers, by its form.
+_DONE = {"condense": "condensed", "trim_layer": "trimmed", "trim_block": "dropped"}
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -64,7 +73,18 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def plan_table(plan: CondensePlan) -> str:
-    """The condensed layers of a plan in the order of their selection, as a Markdown table."""
+    """The layers of a plan in the order of their selection, as a Markdown table."""
+    if plan.form != "condense":
+        similarities = plan.layer_similarities or {}
+        trimmed = [
+            (
+                layer.layer,
+                f"{similarities[layer.layer]:.4f}" if layer.layer in similarities else "",
+                "" if layer.score is None else f"{layer.score:.3e}",
+            )
+            for layer in plan.layers
+        ]
+        return format_table([f"decoder layer {_DONE[plan.form]}", "similarity", "score"], trimmed)
     rows = [
         (
             layer.layer,
@@ -98,18 +118,23 @@ def dry_run(
     if isinstance(request, CondensePlan):
         request.check_fits(model_shape(sketch, blocks))
         experts = {layer.layer: len(layer.experts) for layer in request.layers}
+        check_trimming(sketch, blocks, request.form, list(experts))
     else:
         check_config(request, blocks)
+        check_trimming(sketch, blocks, request.form, request.layers, request.num_layers)
         layers = request.layers or [block.layer for block in blocks[: request.num_layers]]
         experts = dict.fromkeys(layers, request.num_experts)
     width = (sketch.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
     before = sketch.num_parameters()
-    kept = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in experts.items()]
-    apply_layers(sketch, blocks, kept)
-    after = sketch.num_parameters()
+    if request.form == "trim_block":
+        after = parameters_without(sketch, blocks, list(experts))
+    else:
+        kept = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in experts.items()]
+        apply_layers(sketch, blocks, kept, request.form)
+        after = sketch.num_parameters()
     rows = [
         (name, f"{count:,}", f"{count / 1e9:.2f} B", f"{count * width / 2**30:.2f} GiB", f"{1 - count / before:.1%}")
-        for name, count in (("sparse", before), (f"{len(experts)} layers condensed", after))
+        for name, count in (("sparse", before), (f"{len(experts)} layers {_DONE[request.form]}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)
 
@@ -188,8 +213,9 @@ def write_model_card(model: Any, folder: Path) -> None:
     text = _CARD.format(
         data=data.to_yaml(),
         mark=MODEL_CARD_MARK,
-        title=f"{base}, condensed",
-        layers=len(plan.layers),
+        title=f"{base}, {_DONE[plan.form]}",
+        what=(_CONDENSED if plan.form == "condense" else _TRIMMED).format(layers=len(plan.layers)),
+        done=_DONE[plan.form],
         parameters=parameters,
         table=plan_table(plan),
         calibration=calibration,

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -14,7 +14,7 @@ from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
 from .layerwise import LayerStream, State
-from .modeling_cdmoe import CondensedMLP
+from .modeling_cdmoe import Trimmed
 from .plan import CondensedLayer
 from .playback import LayerRecorder
 from .refit import check_refit
@@ -22,7 +22,7 @@ from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS
 from .selection.gates import GATES
 from .selection.layer_data import ExpertOrder, SparseLayerData
-from .selection.layers import LAYER_SELECTIONS
+from .selection.layers import LAYER_SELECTIONS, LayerOrder
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
 from .selection.path import LayerSearchData
 from .sparse import SparseBlock
@@ -46,6 +46,13 @@ def check_methods(config: CondenseConfig) -> None:
     lookup(COMPARE, config.compare, "compare")
     lookup(GATES, config.gates, "gates")
     check_refit(config)
+    if config.form != "condense" and config.refit is not None:
+        raise ValueError(f"`refit` is {config.refit!r}, but with `form={config.form!r}` nothing is left to fit.")
+    if config.form != "condense" and config.layer_selection == "local":
+        raise ValueError(
+            "`layer_selection='local'` ranks layers by what their search of experts measured, and "
+            f"`form={config.form!r}` has none: choose another one of the two."
+        )
     if config.layer_selection == "local" and config.metric in MODEL_METRICS:
         raise ValueError(
             f"`layer_selection='local'` compares each layer's own output, but `metric={config.metric!r}` is defined on "
@@ -78,7 +85,12 @@ class PlanSearch:
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
-        """Order of experts and gates of every candidate layer, with inputs from the unmodified model."""
+        """Order of experts and gates of every candidate layer, with inputs from the unmodified model.
+
+        Layers that are trimmed keep no experts, and none are searched.
+        """
+        if self.config.form != "condense":
+            return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
         found = {}
         states = list(self.stream.embeddings)
         for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
@@ -97,29 +109,42 @@ class PlanSearch:
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
         return found
 
-    def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float] | None]:
-        """Order of layers, its divergences, and the divergence of each layer alone where the method measures it."""
+    def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
+        """Order of layers, and what was measured on the way."""
+        form = self.config.form
 
         @cache
-        def mlp(layer: int) -> CondensedMLP:
+        def mlp(layer: int) -> nn.Module:
+            if form != "condense":
+                return Trimmed()
             order, gates = experts[layer]
             return fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
 
         def condense(layer: int) -> AbstractContextManager[None]:
+            if form == "trim_block":
+                return self.stream.skipping([layer])
             return standing_in(self.model, self.blocks[layer], mlp(layer))
+
+        def entering(layer: int, state: State, batch: int) -> Tensor:
+            if form == "trim_block":
+                return state[0]
+            # A layer without its MLP gives what would have entered that: no architecture's norms need to be known.
+            with standing_in(self.model, self.blocks[layer], Trimmed()):
+                return self.stream.run_layer(layer, state, batch)[0]
 
         data = LayerSearchData(
             stream=self.stream,
             candidates=sorted(self.blocks),
             condense=condense,
             comparison=compare_outputs(self.config.metric, self.config.compare, self.stream, self.token_weights),
-            own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items()},
+            own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items() if order.scores},
+            token_weights=self.token_weights,
             cache_bytes=self.config.cache_bytes,
+            entering=entering,
             known=self.state,
         )
         select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
-        order = select(data, self.config.num_layers)
-        return order.layers, order.scores, order.rounds[0] if order.rounds else None
+        return select(data, self.config.num_layers)
 
     def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
         block = self.blocks[layer]

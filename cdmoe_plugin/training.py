@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import condensed_layers
+from .modeling_cdmoe import CondensedMLP
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig
@@ -24,9 +25,9 @@ def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
         `list[str]`: Names of the parameters that will be trained, as in `model.named_parameters()`.
 
     Raises:
-        ValueError: if the model is not condensed, or its condensed layers are quantised.
+        ValueError: if the model is not condensed, its condensed layers are quantised, or its layers were trimmed.
     """
-    mlps = condensed_layers(model).values()
+    mlps = _trainable_layers(model).values()
     _refuse_quantised_layers(model, mlps)
     trained = {id(p) for mlp in mlps for p in mlp.parameters()}
     names = []
@@ -35,6 +36,15 @@ def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
         if parameter.requires_grad:
             names.append(name)
     return names
+
+
+def _trainable_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
+    mlps = condensed_layers(model)
+    if not mlps:
+        raise ValueError(
+            "The MLPs of the chosen layers were dropped (`trim_layer`): there is nothing to train in them."
+        )
+    return mlps
 
 
 def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) -> None:
@@ -53,11 +63,11 @@ def condensed_module_names(model: PreTrainedModel) -> list[str]:
     """Names of the condensed layers' three projections, for `LoraConfig(target_modules=...)`.
 
     Raises:
-        ValueError: if the model is not condensed.
+        ValueError: if the model is not condensed, or its layers were trimmed.
     """
     names = {id(module): name for name, module in model.named_modules()}
     projections = ("gate_proj", "up_proj", "down_proj")
-    return [f"{names[id(mlp)]}.{part}" for mlp in condensed_layers(model).values() for part in projections]
+    return [f"{names[id(mlp)]}.{part}" for mlp in _trainable_layers(model).values() for part in projections]
 
 
 def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:

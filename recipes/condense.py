@@ -16,6 +16,13 @@ Apply a plan, or a smaller budget from it, without a search:
 
 python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base \
     --plan deepseek-moe-cd9/condense_plan.json --num_layers 6 --output_dir deepseek-moe-cd6
+
+The paper's baselines drop layers instead, chosen by similarity or in a plan's own order:
+
+python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --form trim_block \
+    --layer_selection similarity --output_dir deepseek-moe-trimmed
+python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base \
+    --plan deepseek-moe-cd9/condense_plan.json --form trim_layer --output_dir deepseek-moe-trimmed
 """
 
 from __future__ import annotations
@@ -94,10 +101,12 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     # A plan brings its own budget, which may be cut; a search takes the defaults for what is not given.
     plan = CondensePlan.load(args.plan) if args.plan else None
     if plan is not None:
-        unused = sorted(set(given) - {"num_layers", "num_experts"})
+        form = given.get("form", plan.form)
+        unused = sorted(set(given) - {"num_layers", "num_experts", "form"})
         if unused or args.calibration:
             raise ValueError(f"With `--plan` there is no search: {unused or ['calibration']} would do nothing.")
-        plan = plan.truncate(**given)
+        plan = plan.truncate(given.get("num_layers"), given.get("num_experts"))
+        plan = plan if form == plan.form else plan.as_trimming(form)
     config = CondenseConfig(**given)
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code or None}
     if args.dry_run:
@@ -114,6 +123,7 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
         **hub,
     )
     model.save_pretrained(output_dir, max_shard_size=args.max_shard_size)
+    model.condense_plan.save(output_dir / "condense_plan.json")  # a model with fewer layers does not bring its own
     if has_tokenizer(args.model_name_or_path):
         AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(output_dir)
     print(plan_table(model.condense_plan))

@@ -31,7 +31,9 @@ from .tiny_models import random_ids, tiny_model
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(4, 16, seed=1), (16, 5, 9, 2), strict=True)]
 CONFIG = CondenseConfig(num_layers=3, num_experts=2, batch_size=3, expert_selection="frequency")
 ALL_METRICS = [*METRICS, *MODEL_METRICS]
-CASES = [case for case in itertools.product(LAYER_SELECTIONS, ALL_METRICS, COMPARE) if case[:2] != ("local", "ppl")]
+# "similarity" measures no divergence: tests of trimming hold it against a naive computation of its own.
+MEASURED = [name for name in LAYER_SELECTIONS if name != "similarity"]
+CASES = [case for case in itertools.product(MEASURED, ALL_METRICS, COMPARE) if case[:2] != ("local", "ppl")]
 
 
 @cache
@@ -96,7 +98,7 @@ def test_orders_are_no_matter_of_course() -> None:
     assert orders["greedy", "ppl", "hidden"] != orders["global", "ppl", "hidden"] != orders["global", "js", "hidden"]
 
 
-@pytest.mark.parametrize("selection", LAYER_SELECTIONS)
+@pytest.mark.parametrize("selection", MEASURED)
 def test_orders_are_nested(selection: str) -> None:
     plan = found(selection, "js", "hidden")
     for number in (1, 2):
@@ -132,7 +134,7 @@ def test_perplexities() -> None:
     assert torch.cat(measured).tolist() == pytest.approx(naive_perplexities(model(), SEQUENCES), rel=1e-4)
 
 
-@pytest.mark.parametrize("selection", LAYER_SELECTIONS)
+@pytest.mark.parametrize("selection", MEASURED)
 def test_ties_go_to_the_lower_index(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {1: 3.0, 2: 1.0 + 3e-7, 4: 1.0, 5: 2.0, 7: 1.0 - 3e-7}
 
@@ -198,7 +200,8 @@ def test_every_combination() -> None:
         plan = search_plan(small, config, calibration=ids)
         assert CondensePlan.from_dict(plan.to_dict()) == plan
         assert sorted(row.layer for row in plan.layers) == [1, 2]
-        assert all(row.score > 0 and len(row.expert_scores) == 3 for row in plan.layers)
+        assert all(len(row.expert_scores) == 3 for row in plan.layers)
+        assert all(row.score is None if layers == "similarity" else row.score > 0 for row in plan.layers)
         chosen = {row.layer: (row.experts, row.expert_scores) for row in plan.layers}
         shared = f"{experts} {'js' if metric == 'ppl' else metric}"
         assert by_experts.setdefault(shared, chosen) == chosen

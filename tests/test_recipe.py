@@ -50,6 +50,29 @@ def run(recipe: ModuleType, *arguments: object) -> None:
     recipe.main(args, {name: value for name, value in vars(search).items() if value is not None})
 
 
+def test_trimming(recipe: ModuleType, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ("--model_name_or_path", checkpoint, "--calibration", checkpoint / "texts.jsonl", "--num_layers", 2)
+    how = ("--form", "trim_block", "--layer_selection", "similarity")
+    run(recipe, *start, *how, "--dry_run")
+    dry = capsys.readouterr().out
+    run(recipe, *start, *how, "--output_dir", tmp_path / "blocks")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks")
+    assert (type(model).__name__, model.config.num_hidden_layers) == ("Qwen2MoeForCausalLM", 2)
+    assert f"{model.num_parameters():,}" in dry
+    assert "2 layers dropped" in dry
+    plan = CondensePlan.load(tmp_path / "blocks")
+    assert plan.form == "trim_block"
+    assert plan.layer_similarities is not None
+
+    base = ("--model_name_or_path", checkpoint, "--plan", tmp_path / "blocks", "--num_layers", 1)
+    run(recipe, *base, "--form", "trim_layer", "--output_dir", tmp_path / "mlps")
+    assert CondensePlan.load(tmp_path / "mlps") == plan.truncate(num_layers=1).as_trimming("trim_layer")
+    trimmed = AutoModelForCausalLM.from_pretrained(tmp_path / "mlps")
+    assert type(trimmed).__name__ == "CDMoEQwen2MoeForCausalLM"
+    with pytest.raises(ValueError, match="'trim_layer' or 'trim_block'"):
+        run(recipe, *base, "--form", "condense", "--output_dir", tmp_path / "none")
+
+
 def test_search_and_save_from_a_config_file(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(

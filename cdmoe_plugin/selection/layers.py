@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch.nn.functional import cosine_similarity
 from transformers.utils import logging
 
+from ..layerwise import State
 from . import ascending, least
 from .path import LayerSearchData, ModelPath
 
@@ -24,11 +26,14 @@ class LayerOrder:
         scores (`list[float]`): Divergence of the model's output once the first, the first two, ... are condensed.
         rounds (`list[dict[int, float]]`): Divergence of the model's output for every candidate in every round; the
             first round is each layer on its own (Figure 1). Empty where the method does not look at the model's output.
+        similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, where they were ranked by them;
+            nothing else was measured then.
     """
 
     layers: list[int]
     scores: list[float]
     rounds: list[dict[int, float]] = field(default_factory=list)
+    similarities: dict[int, float] | None = None
 
 
 def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
@@ -68,6 +73,37 @@ def global_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     return LayerOrder(layers, _scores_along(path, layers), [alone])
 
 
+def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
+    """Ranks layers once, those first whose output is most like their input (He et al. 2024, arXiv 2406.15786).
+
+    A layer's similarity is the mean over sequences of the mean over tokens of the cosine between what enters it and
+    what leaves it (the residual included) in the unmodified model, computed in float64. Ties go to the lower index.
+    """
+    similarities: dict[int, float] = {}
+    states = list(data.stream.embeddings)
+    for layer in logging.tqdm(range(max(data.candidates) + 1), desc="Layer similarities", unit="layer"):
+        outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
+        if layer in data.candidates:
+            name = f"similarity {layer}"
+            if name not in data.known:
+                data.known[name] = _similarity(data, layer, states, outputs)
+            similarities[layer] = data.known[name]
+        states = outputs
+    order = ascending({layer: -similarity for layer, similarity in similarities.items()})[:num_layers]
+    return LayerOrder(order, [], similarities=similarities)
+
+
+def _similarity(data: LayerSearchData, layer: int, states: list[State], outputs: list[State]) -> float:
+    total = 0.0
+    for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
+        leaving = output[0].flatten(2)  # a few architectures have several residual streams
+        entering = data.entering(layer, state, batch).flatten(2)
+        valid = data.stream.valid(batch).to(leaving.device)
+        cosines = cosine_similarity(entering[valid].double(), leaving[valid].double(), dim=-1)
+        total += float(cosines @ data.token_weights[batch].to(cosines))
+    return total
+
+
 def local_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     """Layers whose own output changes least first ("Local Layer Comparison" in CD-MoE, section 4.4).
 
@@ -82,6 +118,7 @@ LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
     "greedy": greedy_layers,
     "local": local_layers,
     "global": global_layers,
+    "similarity": similar_layers,
 }
 
 

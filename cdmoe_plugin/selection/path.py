@@ -28,6 +28,9 @@ class LayerSearchData:
         own_divergences (`dict[int, float]`): Divergence of each candidate's own output once it is condensed, as the
             expert search measured it.
         cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
+        token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
+        entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
+            is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
         known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
     """
 
@@ -37,6 +40,8 @@ class LayerSearchData:
     comparison: OutputComparison
     own_divergences: dict[int, float]
     cache_bytes: int
+    token_weights: list[Tensor]
+    entering: Callable[[int, State, int], Tensor]
     known: MutableMapping[str, float] = field(default_factory=dict)
 
 

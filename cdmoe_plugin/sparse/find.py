@@ -91,7 +91,7 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
         )
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
-        if chosen and config.num_experts > block.num_experts:
+        if config.form == "condense" and chosen and config.num_experts > block.num_experts:
             raise ValueError(
                 f"`num_experts` is {config.num_experts}, but decoder layer {block.layer} has {block.num_experts} "
                 "routed experts."
