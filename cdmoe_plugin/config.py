@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -200,3 +201,17 @@ def condense_arguments(prefix: str = "") -> type:
         help_text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         rows.append((prefix + f.name, hints[f.name] | None, field(default=None, metadata={"help": help_text})))
     return make_dataclass("CondenseConfigArguments", rows)
+
+
+def unused_with_plan(given: Mapping[str, Any]) -> list[str]:
+    """Which of the fields that a user gave do nothing where a plan takes the place of a search.
+
+    A refit still needs calibration data, and with it whatever says how that is read.
+
+    Args:
+        given (`Mapping[str, Any]`): Fields of `CondenseConfig` that were set.
+    """
+    refit = ("refit", "refit_target", "refit_steps")
+    calibration = ("num_samples", "max_length", "batch_size", "seed", "cache_memory")
+    used = {"num_layers", "num_experts", "form", *((*refit, *calibration) if given.get("refit") else ())}
+    return sorted(set(given) - used)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from cdmoe_plugin import CondenseConfig
-from cdmoe_plugin.config import condense_arguments
+from cdmoe_plugin.config import condense_arguments, unused_with_plan
 
 
 @dataclass
@@ -102,8 +102,8 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     plan = CondensePlan.load(args.plan) if args.plan else None
     if plan is not None:
         form = given.get("form", plan.form)
-        unused = sorted(set(given) - {"num_layers", "num_experts", "form"})
-        if unused or args.calibration:
+        unused = unused_with_plan(given)
+        if unused or (args.calibration and not given.get("refit")):
             raise ValueError(f"With `--plan` there is no search: {unused or ['calibration']} would do nothing.")
         plan = plan.truncate(given.get("num_layers"), given.get("num_experts"))
         plan = plan if form == plan.form else plan.as_trimming(form)
@@ -115,7 +115,7 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     output_dir = check_output(args.output_dir)
     model = condense_pretrained(
         args.model_name_or_path,
-        None if plan else config,
+        config if plan is None or config.refit else None,
         plan=plan,
         calibration=args.calibration,
         dtype=args.dtype,

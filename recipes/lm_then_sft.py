@@ -99,6 +99,7 @@ def check(
     from transformers import AutoConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    from cdmoe_plugin.config import unused_with_plan
     from cdmoe_plugin.recovery import check_distillation
 
     named = args.stages if isinstance(args.stages, list) else args.stages.split(",")  # a YAML file may hold a list
@@ -115,8 +116,12 @@ def check(
     condensed = is_condensed(AutoConfig.from_pretrained(model_args.model_name_or_path, **hub))
     if condensed and given:
         raise ValueError(f"{model_args.model_name_or_path} is condensed already: {given} would do nothing.")
-    if args.plan and given != ["plan"]:
-        raise ValueError(f"With `--plan` there is no search: {given[1:]} would do nothing.")
+    unused = [f"condense_{name}" for name in unused_with_plan(condense)]
+    unused += [] if condense.get("refit") or not args.calibration else ["calibration"]
+    if args.plan and unused:
+        raise ValueError(f"With `--plan` there is no search: {unused} would do nothing.")
+    if condense.get("form", "condense") != "condense":
+        raise ValueError(f"`--condense_form {condense['form']}` leaves nothing to train; evaluate it as it is.")
     if not condensed:
         describe_base(args, model_args, condense, hub)  # raises where plan or budget do not fit the model
     if args.distillation != "none":
@@ -162,6 +167,7 @@ def start_checkpoint(
     from cdmoe_plugin.recovery import condense_once
 
     path = model_args.model_name_or_path
+    plan = plan_of(args, condense)
     if is_condensed(AutoConfig.from_pretrained(path, **hub)):
         # An adapter that is kept refers to it, from wherever it is opened.
         return str(Path(path).absolute()) if Path(path).exists() else path
@@ -169,8 +175,8 @@ def start_checkpoint(
     def make() -> Any:
         model = condense_pretrained(
             path,
-            None if args.plan else CondenseConfig(**condense),
-            plan=args.plan,
+            CondenseConfig(**condense) if plan is None or condense.get("refit") else None,
+            plan=plan,
             calibration=args.calibration,
             dtype=model_args.dtype,
             device_map="cpu" if training_args.use_cpu else "auto",
@@ -369,12 +375,21 @@ def describe(
     return "\n".join(lines)
 
 
+def plan_of(args: RecoveryArguments, condense: dict[str, Any]) -> Any:
+    """The plan that was given, cut to the budget that was given; None without one."""
+    from cdmoe_plugin import CondensePlan
+
+    if args.plan is None:
+        return None
+    return CondensePlan.load(args.plan).truncate(condense.get("num_layers"), condense.get("num_experts"))
+
+
 def describe_base(args: RecoveryArguments, model_args: Any, condense: dict[str, Any], hub: dict[str, Any]) -> str:
     """What condensing the base model would save."""
-    from cdmoe_plugin import CondenseConfig, CondensePlan
+    from cdmoe_plugin import CondenseConfig
     from cdmoe_plugin.report import dry_run
 
-    request = CondensePlan.load(args.plan) if args.plan else CondenseConfig(**condense)
+    request = plan_of(args, condense) or CondenseConfig(**condense)
     return dry_run(model_args.model_name_or_path, request, dtype=model_args.dtype or "auto", **hub)
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
+from tests.conftest import some_plan
 from tests.tiny_models import tiny_model
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "condense.py"
@@ -93,6 +94,17 @@ def test_search_and_save_from_a_config_file(recipe: ModuleType, checkpoint: Path
     smaller = ("--num_layers", 1, "--num_experts", 0, "--output_dir", tmp_path / "smaller")
     run(recipe, "--model_name_or_path", checkpoint, "--plan", tmp_path / "out", *smaller)
     assert CondensePlan.load(tmp_path / "smaller") == plan.truncate(num_layers=1, num_experts=0)
+
+
+def test_a_plan_with_a_refit(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    some_plan([1, 2]).save(tmp_path / "plan.json")
+    given = ("--model_name_or_path", checkpoint, "--plan", tmp_path / "plan.json", "--refit", "down_proj")
+    data = ("--calibration", checkpoint / "texts.jsonl", "--num_samples", 12)
+    run(recipe, *given, *data, "--output_dir", tmp_path / "out")
+    noted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.condense_config
+    assert (noted["refit"], set(noted["refit_errors"])) == ("down_proj", {"1", "2"})
+    with pytest.raises(ValueError, match=r"no search: \['metric'\]"):
+        run(recipe, *given, *data, "--metric", "kl", "--output_dir", tmp_path / "other")
 
 
 def test_dry_run_needs_the_config_alone(

@@ -126,6 +126,11 @@ def test_dry_run_under_a_launch_config(tmp_path: Path) -> None:
         (["--model_name_or_path", "{place}/dense"], "dense"),
         (["--model_name_or_path", "{place}/sparse", "--condense_num_layers", "9"], "`num_layers` is 9"),
         (["--model_name_or_path", "{place}/sparse", "--plan", "{place}/other.json"], "plan"),
+        (["--model_name_or_path", "{place}/sparse", "--condense_form", "trim_layer"], "leaves nothing to train"),
+        (
+            ["--model_name_or_path", "{place}/sparse", "--plan", "{place}/other.json", "--condense_metric", "kl"],
+            r"no search: \['condense_metric'\] would do nothing",
+        ),
         (["--sft_dataset", "{place}/columns.json"], r"columns \['question'\]"),
         (["--lm_dataset", "{place}/missing.jsonl"], "does not exist"),
         (["--num_held_out", "0"], "num_held_out"),
