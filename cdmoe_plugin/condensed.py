@@ -101,9 +101,19 @@ def install(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> None:
 
 
 @contextmanager
-def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> Iterator[None]:
-    """Puts a condensed MLP (or `Trimmed`) in place of a sparse block for a while."""
-    places = _places(model, block, mlp)
+def standing_in(
+    model: PreTrainedModel, block: SparseBlock, mlp: nn.Module, shared: nn.Module | None = None
+) -> Iterator[None]:
+    """Puts a condensed MLP (or `Trimmed`, or the block itself) where a sparse block belongs, for a while.
+
+    Args:
+        model (`PreTrainedModel`): The model, sparse or condensed.
+        block (`SparseBlock`): The block, by its place.
+        mlp (`nn.Module`): What stands there.
+        shared (`nn.Module`, *optional*): What stands in the place of a shared expert that the decoder layer owns;
+            nothing by default.
+    """
+    places = _places(model, block, mlp, shared)
     before = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
     try:
         for parent, name, module in places:
@@ -114,12 +124,14 @@ def standing_in(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> I
             setattr(parent, name, module)
 
 
-def _places(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+def _places(
+    model: PreTrainedModel, block: SparseBlock, mlp: nn.Module, shared: nn.Module | None = None
+) -> list[tuple[nn.Module, str, nn.Module]]:
     parent_path, _, name = block.path.rpartition(".")
     parent = model.base_model.get_submodule(parent_path)
     places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
     if block.shared_name is not None:
-        places.append((parent, block.shared_name, Omitted()))
+        places.append((parent, block.shared_name, Omitted() if shared is None else shared))
     return places
 
 

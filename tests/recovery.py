@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sys
@@ -79,18 +80,20 @@ def make_trainer(model: Any, folder: Path, rows: Any = None, **arguments: Any) -
     )
 
 
-@pytest.fixture(scope="session")
-def lm_then_sft() -> ModuleType:
-    """The recipe as a module."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("lm_then_sft_recipe", RECIPES / "lm_then_sft.py")
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def lm_then_sft() -> ModuleType:
+    return load_recipe("lm_then_sft")
 
 
 def run(recipe: ModuleType, args: list[Any]) -> None:

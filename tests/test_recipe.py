@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,37 +9,27 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
 from tests.conftest import some_plan
+from tests.recovery import WORDS, load_recipe, word_tokenizer
 from tests.tiny_models import tiny_model
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "condense.py"
-WORDS = [f"w{i}" for i in range(100)]
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("condense_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("condense")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse model with a tokenizer of 100 words, and calibration text beside it."""
     folder = tmp_path_factory.mktemp("sparse")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tiny_model("qwen2_moe").save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     texts = [" ".join(WORDS[(7 * i + j * j) % 100] for j in range(10 + i)) for i in range(20)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder

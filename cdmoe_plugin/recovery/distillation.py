@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..condensed import condensed_layers
+from ..condensed import condensed_layers, standing_in
 from ..loading import check_whole
 from ..plan import CondensePlan
 from ..sparse import SparseBlock, find_sparse_blocks, model_shape
@@ -144,21 +144,10 @@ class Distillation:
     @contextmanager
     def _sparse_again(self) -> Iterator[None]:
         """The student with the sparse blocks in their old places."""
-        places: list[tuple[nn.Module, str, nn.Module]] = []
-        for block in self.blocks.values():
-            parent_path, _, name = block.path.rpartition(".")
-            parent = self.model.base_model.get_submodule(parent_path)
-            places.append((parent, name, block.module))
-            if block.shared_name is not None and block.shared is not None:
-                places.append((parent, block.shared_name, block.shared))
-        before = [(parent, name, getattr(parent, name)) for parent, name, _ in places]
-        try:
-            for parent, name, module in places:
-                setattr(parent, name, module)
+        with ExitStack() as stack:
+            for block in self.blocks.values():
+                stack.enter_context(standing_in(self.model, block, block.module, block.shared))
             yield
-        finally:
-            for parent, name, module in before:
-                setattr(parent, name, module)
 
     @torch.no_grad()
     def _logit_scale(self) -> float:
