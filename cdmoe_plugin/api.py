@@ -35,6 +35,7 @@ def condense_pretrained(
     plan: CondensePlan | str | os.PathLike | None = None,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    state_dir: str | os.PathLike | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
@@ -53,6 +54,8 @@ def condense_pretrained(
         calibration (*optional*): None (C4, as in the paper), a hub name, a local .txt/.json/.jsonl/.parquet file, a
             `Dataset`, a list of texts, or a list of token-id lists or tensors.
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder in which the search keeps its results as they come; one
+            that was interrupted goes on from there. Not used with a plan.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...).
 
     Returns:
@@ -77,7 +80,7 @@ def condense_pretrained(
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
         if config.refit is not None or (plan is None and config.needs_calibration):
             calibration = _calibration_for(model, config, calibration, tokenizer)
-        plan = plan or search_plan(model, config, calibration=calibration)
+        plan = plan or search_plan(model, config, calibration=calibration, state_dir=state_dir)
         return apply_plan(model, plan, config, calibration=calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
@@ -99,7 +102,7 @@ def condense_pretrained(
     opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
     loaded, loading_info = opened
     check_whole(loaded, loading_info)
-    plan = plan or search_plan(loaded, config, calibration=data)
+    plan = plan or search_plan(loaded, config, calibration=data, state_dir=state_dir)
     return apply_plan(loaded, plan, config, calibration=data)
 
 

@@ -54,6 +54,10 @@ class CondenseArguments:
         default=None,
         metadata={"help": "Hub dataset or local .txt, .json, .jsonl or .parquet file to search on; C4 if unset."},
     )
+    state_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the search keeps its results; one that was interrupted goes on from there."},
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Print sizes before and after from the config alone, and stop."}
     )
@@ -118,6 +122,7 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
         config if plan is None or config.refit else None,
         plan=plan,
         calibration=args.calibration,
+        state_dir=args.state_dir,
         dtype=args.dtype,
         device_map=args.device_map,
         **hub,

@@ -178,6 +178,7 @@ def start_checkpoint(
             CondenseConfig(**condense) if plan is None or condense.get("refit") else None,
             plan=plan,
             calibration=args.calibration,
+            state_dir=Path(training_args.output_dir) / "search",
             dtype=model_args.dtype,
             device_map="cpu" if training_args.use_cpu else "auto",
             **hub,
@@ -402,7 +403,7 @@ def push(output_dir: Path, training_args: Any) -> None:
     api = HfApi(token=training_args.hub_token)
     name = training_args.hub_model_id or output_dir.name
     repo = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True)
-    ignored = [f"{folder}/*" for folder in (*STAGES, "condensed")] + ["recipe.json"]
+    ignored = [f"{folder}/*" for folder in (*STAGES, "condensed", "search")] + ["recipe.json"]
     api.upload_folder(repo_id=repo.repo_id, folder_path=output_dir, ignore_patterns=ignored)
 
 

@@ -176,6 +176,9 @@ def test_base_model_with_a_plan_or_a_search(place: Path, tmp_path: Path, lm_then
     search = ("--condense_num_layers", 1, "--condense_num_experts", 2, "--calibration", place / "lm.jsonl")
     run(lm_then_sft, arguments(place, tmp_path / "b", *few, *search, model="sparse"))
     plan = CondensePlan.load(tmp_path / "b")
+    # Killed after the search, a run does not search again.
+    results = json.loads((tmp_path / "b" / "search" / "search_state.json").read_text())["results"]
+    assert {name for name in results if name.startswith("experts")} == {"experts 1", "experts 2", "experts 3"}
     assert [len(layer.experts) for layer in plan.layers] == [2]
     assert plan.calibration is not None
     assert plan.calibration["source"] == str(place / "lm.jsonl")

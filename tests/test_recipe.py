@@ -68,7 +68,18 @@ def test_search_and_save_from_a_config_file(recipe: ModuleType, checkpoint: Path
     config.write_text(
         f"model_name_or_path: {checkpoint}\ncalibration: {checkpoint / 'texts.jsonl'}\nnum_layers: 3\nnum_experts: 2\n"
     )
-    run(recipe, "--config", config, "--num_layers", 2, "--output_dir", tmp_path / "out")
+    run(
+        recipe,
+        "--config",
+        config,
+        "--num_layers",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+        "--state_dir",
+        tmp_path / "state",
+    )
+    assert json.loads((tmp_path / "state" / "search_state.json").read_text())["results"]
     plan = CondensePlan.load(tmp_path / "out")
     assert [len(layer.experts) for layer in plan.layers] == [2, 2]
     assert plan.calibration is not None
