@@ -136,7 +136,8 @@ def check(
             "DeepSpeed ZeRO-3 would split the model whenever it is opened, also where one process alone writes it: use "
             "ZeRO-2 or FSDP (recipes/accelerate/)."
         )
-    for name, asked in (("distillation", args.distillation != "none"), ("load_in_4bit", model_args.load_in_4bit)):
+    quantised = {name: getattr(model_args, name) for name in ("load_in_4bit", "load_in_8bit")}
+    for name, asked in {"distillation": args.distillation != "none", **quantised}.items():
         if kind and asked:
             raise ValueError(
                 f"`--{name}` does not go with {kind}, which splits the weights: use plain data parallelism."
