@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -18,6 +20,7 @@ from .plan import CondensedLayer, CondensePlan
 from .refit import check_calibration, refit_layers
 from .search import PlanSearch, check_methods
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
+from .spreading import spread_budget, uniformly
 from .state import SearchState, fingerprint
 
 if TYPE_CHECKING:
@@ -81,6 +84,7 @@ def condense_pretrained(
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch, blocks = sketch_model(model, model_kwargs)
+    _set_dtype(sketch, model_kwargs.get("dtype", model_kwargs.get("torch_dtype")))
     check_config(config, blocks)
     data = load_calibration(
         calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
@@ -126,11 +130,14 @@ def search_plan(
     with searching(model):
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
         search = PlanSearch(model, config, candidates, calibration, state)
-        experts = search.experts()
+        found = search.experts()
+        experts = found if search.budget is None else uniformly(search.budget, found)
         if config.layers is None:
             chosen, scores, alone = search.layers(experts)
         else:
             chosen, scores, alone = config.layers, None, None
+        if search.budget is not None:
+            experts, scores = spread_budget(search, search.budget, found, chosen, scores, alone)
     rows = []
     for i, layer in enumerate(chosen):
         order, gates = experts[layer]
@@ -209,6 +216,13 @@ def _calibration_for(
     return calibration
 
 
+def _set_dtype(sketch: nn.Module, dtype: Any) -> None:
+    """Gives a model on the meta device the dtype that it will be loaded in, where `from_pretrained` is told one."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, torch.dtype):
+        sketch.to(dtype)
+
+
 def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks of a loaded model whose weights can be read and computed with."""
     if not isinstance(model, PreTrainedModel):
@@ -255,8 +269,13 @@ def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
 
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
     experts = max(len(layer.experts) for layer in plan.layers)
-    if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
+    if config.num_experts == "auto":
+        searched = plan.config or {}
+        agree = all(searched.get(name) == getattr(config, name) for name in ("num_experts", "expert_budget"))
+    else:
+        agree = config.num_experts == experts
+    if not agree or config.num_layers != len(plan.layers):
         logger.warning(
             f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
-            f"{config.num_layers} and {config.num_experts}. For fewer, use `plan.truncate`."
+            f"{config.num_layers} and {config.num_experts!r}. For fewer, use `plan.truncate`."
         )

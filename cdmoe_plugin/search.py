@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .budget import LayerBudget
 from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
@@ -24,7 +25,7 @@ from .selection.gates import GATES
 from .selection.layer_data import ExpertOrder, SparseLayerData
 from .selection.layers import LAYER_SELECTIONS
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
-from .selection.path import LayerSearchData
+from .selection.path import LayerSearchData, ModelPath
 from .sparse import SparseBlock
 from .state import SearchState
 
@@ -70,7 +71,9 @@ class PlanSearch:
         self.blocks = {block.layer: block for block in blocks}
         layers_path = blocks[0].path.rsplit(".", 2)[0]
         self.stream = LayerStream(model, layers_path, calibration.batches)
-        if config.layers is None and needs_head(config.metric, config.compare):
+        self.budget = LayerBudget.of(config, blocks)
+        compared = config.layers is None or self.budget is not None
+        if compared and needs_head(config.metric, config.compare):
             self.stream.check_head()
         self.token_weights = [
             (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
@@ -78,7 +81,10 @@ class PlanSearch:
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
-        """Order of experts and gates of every candidate layer, with inputs from the unmodified model."""
+        """Order of experts and gates of every candidate layer, with inputs from the unmodified model.
+
+        With an expert budget, it is longer than the budget pays for in every layer.
+        """
         found = {}
         states = list(self.stream.embeddings)
         for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
@@ -89,9 +95,9 @@ class PlanSearch:
                 states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
                 continue
             data, states = self._observe(layer, states)
-            self._check_candidates(data)
+            number = self._number(data)
             select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
-            order = select(data, self.config.num_experts)
+            order = select(data, number)
             gates = {expert: float(data.gates[expert]) for expert in order.experts}
             found[layer] = (order, gates)
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
@@ -99,7 +105,16 @@ class PlanSearch:
 
     def layers(self, experts: dict[int, ChosenExperts]) -> tuple[list[int], list[float], dict[int, float] | None]:
         """Order of layers, its divergences, and the divergence of each layer alone where the method measures it."""
+        data = self._layer_data(experts)
+        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
+        order = select(data, self.config.num_layers)
+        return order.layers, order.scores, order.rounds[0] if order.rounds else None
 
+    def path(self, experts: dict[int, ChosenExperts], name: str = "layers") -> ModelPath:
+        """The model as layers are condensed to these experts; `name` tells its divergences from others on disk."""
+        return ModelPath(self._layer_data(experts, name))
+
+    def _layer_data(self, experts: dict[int, ChosenExperts], name: str = "layers") -> LayerSearchData:
         @cache
         def mlp(layer: int) -> CondensedMLP:
             order, gates = experts[layer]
@@ -108,18 +123,16 @@ class PlanSearch:
         def condense(layer: int) -> AbstractContextManager[None]:
             return standing_in(self.model, self.blocks[layer], mlp(layer))
 
-        data = LayerSearchData(
+        return LayerSearchData(
             stream=self.stream,
-            candidates=sorted(self.blocks),
+            candidates=sorted(experts),
             condense=condense,
             comparison=compare_outputs(self.config.metric, self.config.compare, self.stream, self.token_weights),
             own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items()},
             cache_bytes=self.config.cache_bytes,
             known=self.state,
+            name=name,
         )
-        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
-        order = select(data, self.config.num_layers)
-        return order.layers, order.scores, order.rounds[0] if order.rounds else None
 
     def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
         block = self.blocks[layer]
@@ -141,14 +154,19 @@ class PlanSearch:
         )
         return data, outputs
 
-    def _check_candidates(self, data: SparseLayerData) -> None:
+    def _number(self, data: SparseLayerData) -> int:
+        """How many experts of a layer are put in order."""
         available = len(data.candidates)
+        if self.budget is not None:
+            return min(self.budget.depth(data.block.layer), available)
+        assert isinstance(self.config.num_experts, int)
         if available < self.config.num_experts:
             raise ValueError(
                 f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
                 f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
                 "has no mean gate). Use more calibration data or a smaller `num_experts`."
             )
+        return self.config.num_experts
 
 
 def _order_from_dict(values: Any) -> ChosenExperts:

@@ -29,6 +29,7 @@ class LayerSearchData:
             expert search measured it.
         cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
         known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
+        name (`str`): How their names begin there.
     """
 
     stream: LayerStream
@@ -38,6 +39,7 @@ class LayerSearchData:
     own_divergences: dict[int, float]
     cache_bytes: int
     known: MutableMapping[str, float] = field(default_factory=dict)
+    name: str = "layers"
 
 
 class ModelPath:
@@ -63,7 +65,7 @@ class ModelPath:
         Raises:
             ValueError: naming the layer, if that is not finite.
         """
-        name = "layers " + " ".join(map(str, [*self.chosen, layer]))
+        name = " ".join(map(str, [self.data.name, *self.chosen, layer]))
         if name not in self.data.known:
             self.data.known[name] = _finite(self._distance(layer), layer)
         return self.data.known[name]
