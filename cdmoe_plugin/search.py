@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -22,7 +21,7 @@ from .refit import check_refit
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS
 from .selection.gates import GATES
-from .selection.layer_data import ExpertOrder, SparseLayerData
+from .selection.layer_data import ExpertOrder, SparseLayerData, as_it_is
 from .selection.layers import LAYER_SELECTIONS
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
 from .selection.path import LayerSearchData, ModelPath
@@ -148,7 +147,7 @@ class PlanSearch:
             calls=calls,
             gates=GATES[self.config.gates](calls, block.num_experts),
             metric=layer_metric(self.config.metric),
-            finish=self.stream.finish if is_last else _identity,
+            finish=self.stream.finish if is_last else as_it_is,
             cache_bytes=self.config.cache_bytes,
             seed=self.config.seed,
         )
@@ -176,7 +175,3 @@ def _order_from_dict(values: Any) -> ChosenExperts:
         "search state",
     )
     return ExpertOrder(layer.experts, layer.expert_scores or []), dict(zip(layer.experts, layer.gates, strict=True))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
