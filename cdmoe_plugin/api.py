@@ -273,7 +273,7 @@ def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
         searched = plan.config or {}
         agree = all(searched.get(name) == getattr(config, name) for name in ("num_experts", "expert_budget"))
     else:
-        agree = config.num_experts == experts
+        agree = all(len(layer.experts) == config.num_experts for layer in plan.layers)
     if not agree or config.num_layers != len(plan.layers):
         logger.warning(
             f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.report import dry_run, plan_table
+from cdmoe_plugin import (
+    CondenseConfig,
+    CondensedLayer,
+    CondensePlan,
+    search_plan,
+)
 from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
-from cdmoe_plugin.state import FILE, SearchState
 
 from . import naive
 from .conftest import build
 from .naive_methods import naive_own_divergences
-from .test_state import Interrupted, interrupting
 from .tiny_models import random_ids, tiny_model
 
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
@@ -180,47 +180,3 @@ def test_an_expert_that_no_token_chose_is_no_candidate() -> None:
     model.model.layers[1].mlp.gate.e_score_correction_bias[4] = -10.0
     plan = search_plan(model, replace(AUTO, expert_budget=18), calibration=SEQUENCES)
     assert all(4 not in row.experts for row in plan.layers if row.layer == 1)
-
-
-@pytest.mark.parametrize("layers", [None, [3, 1]])
-def test_resumes_to_the_same_plan(layers: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = helpful("qwen2_moe", seed=1), replace(AUTO, layers=layers)
-    unbroken = search_plan(model, config, calibration=SEQUENCES, state_dir=tmp_path / "whole")
-    results = json.loads((tmp_path / "whole" / FILE).read_text())["results"]
-    assert any(name.startswith("spread ") for name in results)
-    for after in range(len(results)):
-        folder = tmp_path / str(after)
-        with monkeypatch.context() as patch:
-            patch.setattr(SearchState, "__setitem__", interrupting(after))
-            with pytest.raises(Interrupted):
-                search_plan(model, config, calibration=SEQUENCES, state_dir=folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(SearchState, "__setitem__", interrupting(len(results) - after))
-            assert search_plan(model, config, calibration=SEQUENCES, state_dir=folder) == unbroken
-
-
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
-def test_checkpoints_tables_and_dry_runs(model_type: str, tmp_path: Path) -> None:
-    model = helpful(model_type, seed=1)
-    model.save_pretrained(tmp_path / "sparse")
-    config = replace(AUTO, expert_budget=4)
-    plan = search_plan(model, config, calibration=SEQUENCES)
-    counts = [len(row.experts) for row in plan.layers]
-    assert len(set(counts)) > 1
-    assert CondensePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    table = plan_table(plan).splitlines()[2:]
-    assert [int(line.split("|")[2]) for line in table] == counts
-    apply_plan(model, plan)
-    model.save_pretrained(tmp_path / "condensed")
-    ids = torch.tensor([SEQUENCES[0]])
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "condensed")
-    from_plan = condense_pretrained(tmp_path / "sparse", plan=tmp_path / "condensed")
-    whole = condense_pretrained(tmp_path / "sparse", config, calibration=SEQUENCES)
-    for other in (opened, from_plan, whole):
-        torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=0, atol=0)
-    assert whole.condense_plan == plan
-    after = f"{model.num_parameters():,}"
-    assert after in dry_run(tmp_path / "sparse", plan)
-    assert (after in dry_run(tmp_path / "sparse", config)) == (sum(counts) == 4)
-    budget = replace(config, expert_budget=f"{4 * EXPERT * 2}B")
-    assert (after in dry_run(tmp_path / "sparse", budget, dtype="bfloat16")) == (sum(counts) == 4)

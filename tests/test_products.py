@@ -141,6 +141,8 @@ def test_errors_by_hand() -> None:
     assert (errors.without(), errors.with_each()) == (2.0, [2.0, 1.0])
     errors.keep(1)
     assert errors.with_each() == [1.0, 2.0]  # a second time, the same expert is too much
+    rounded = SquaredErrors(torch.tensor([[1, 1], [1, 1 - 1e-12]], dtype=torch.float64))
+    assert rounded.with_each() == [0.0]
 
 
 def test_what_is_not_finite_is_left_to_comparison(used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
