@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -19,6 +21,7 @@ from .refit import check_calibration, refit_layers
 from .search import PlanSearch, check_methods
 from .selection.layers import LayerOrder
 from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
+from .spreading import spread_budget, uniformly
 from .state import SearchState, fingerprint
 from .trimming import check_trimming, trim_blocks
 
@@ -88,6 +91,7 @@ def condense_pretrained(
         return load_condensed(model, plan, **model_kwargs)
     # What can be wrong with the request shows on the config alone, before weights are read.
     sketch, blocks = sketch_model(model, model_kwargs)
+    _set_dtype(sketch, model_kwargs.get("dtype", model_kwargs.get("torch_dtype")))
     if plan is not None:
         plan.check_fits(model_shape(sketch, blocks))
         check_trimming(sketch, blocks, plan.form, [layer.layer for layer in plan.layers])
@@ -144,8 +148,13 @@ def search_plan(
     with searching(model):
         state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
         search = PlanSearch(model, config, candidates, calibration, state)
-        experts = search.experts()
+        found = search.experts()
+        experts = found if search.budget is None else uniformly(search.budget, found)
         chosen = search.layers(experts) if config.layers is None else LayerOrder(config.layers, [])
+        scores: list[float] | None = chosen.scores or None
+        alone = chosen.rounds[0] if chosen.rounds else None
+        if search.budget is not None:
+            experts, scores = spread_budget(search, search.budget, found, chosen.layers, scores, alone)
     rows = []
     for i, layer in enumerate(chosen.layers):
         order, gates = experts[layer]
@@ -154,7 +163,7 @@ def search_plan(
                 layer=layer,
                 experts=order.experts,
                 gates=[gates[e] for e in order.experts],
-                score=chosen.scores[i] if chosen.scores else None,
+                score=scores[i] if scores else None,
                 expert_scores=order.scores or None,
             )
         )
@@ -163,7 +172,7 @@ def search_plan(
         model=model_shape(model, blocks),
         config=config.to_dict(),
         calibration=calibration.to_dict(),
-        layer_divergences=chosen.rounds[0] if chosen.rounds else None,
+        layer_divergences=alone,
         form=config.form,
         layer_similarities=chosen.similarities,
     )
@@ -233,6 +242,13 @@ def _calibration_for(
     return calibration
 
 
+def _set_dtype(sketch: nn.Module, dtype: Any) -> None:
+    """Gives a model on the meta device the dtype that it will be loaded in, where `from_pretrained` is told one."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, torch.dtype):
+        sketch.to(dtype)
+
+
 def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks of a loaded model whose weights can be read and computed with."""
     if not isinstance(model, PreTrainedModel):
@@ -285,8 +301,13 @@ def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
             logger.warning(f"The plan decides: {len(plan.layers)} layers, not the config's {config.num_layers}.")
         return
     experts = max(len(layer.experts) for layer in plan.layers)
-    if (config.num_layers, config.num_experts) != (len(plan.layers), experts):
+    if config.num_experts == "auto":
+        searched = plan.config or {}
+        agree = all(searched.get(name) == getattr(config, name) for name in ("num_experts", "expert_budget"))
+    else:
+        agree = all(len(layer.experts) == config.num_experts for layer in plan.layers)
+    if not agree or config.num_layers != len(plan.layers):
         logger.warning(
             f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
-            f"{config.num_layers} and {config.num_experts}. For fewer, use `plan.truncate`."
+            f"{config.num_layers} and {config.num_experts!r}. For fewer, use `plan.truncate`."
         )

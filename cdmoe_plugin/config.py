@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from .budget import read_budget
+
+# Fields that are a whole number or text.
+_NUMBERS_OR_WORDS = ("num_experts", "expert_budget")
 
 # What becomes of a chosen layer.
 FORMS = ("condense", "trim_layer", "trim_block")
@@ -21,12 +26,17 @@ class CondenseConfig:
     Args:
         num_layers (`int`, defaults to 9): Sparse layers to condense, chosen by `layer_selection`. Ignored if
             `layers` is given.
-        num_experts (`int`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared expert only.
+        num_experts (`int` or `"auto"`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared
+            expert only. "auto" gives each layer its own K, within `expert_budget`.
         layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
             order and without a layer search.
         form (`str`, defaults to `"condense"`): What becomes of a chosen layer. The other values are the paper's
             baselines: "trim_layer" drops its MLP sub-layer (the residual stays), "trim_block" the whole decoder layer.
             They search no experts: `num_experts`, `expert_selection` and `gates` then mean nothing.
+        expert_budget (`int` or `str`, *optional*): With `num_experts="auto"`, and only then: what the condensed layers
+            may keep together, as a number of routed experts (54), of their parameters ("300M params") or of their
+            bytes in the model's dtype ("2GB", "500MiB"). Layers are searched with the same K for all; then experts go
+            where they gain most, and what the model's output says on the calibration data decides between the two.
         expert_selection (`str`, defaults to `"greedy"`): How experts are chosen. "greedy" is Algorithm 1. By a number
             per expert: "random" (drawn from `seed`), "l1" (lowest sum of absolute weights), "pl_alpha_hill" (heaviest
             tail of the weights' spectra, Eq. 4), "frequency" (chosen by most tokens), "reap" (highest mean of gate
@@ -64,13 +74,19 @@ class CondenseConfig:
     """
 
     num_layers: int = _help("Number of sparse layers to condense (without `layers`).", 9)
-    num_experts: int = _help("Routed experts kept in each condensed layer; 0 keeps the shared expert only.", 6)
+    num_experts: int | Literal["auto"] = _help(
+        "Routed experts kept in each condensed layer; 0 keeps the shared expert only, auto spreads `expert_budget`.", 6
+    )
     layers: list[int] | None = _help(
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
     form: str = _help(
         "What becomes of a chosen layer: condense, trim_layer (MLP dropped) or trim_block (decoder layer dropped).",
         "condense",
+    )
+    expert_budget: int | str | None = _help(
+        "With num_experts=auto: total of all layers in experts (54), parameters (300M params) or bytes (2GB, 500MiB).",
+        None,
     )
     expert_selection: str = _help(
         "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap, d_optimal.",
@@ -103,6 +119,7 @@ class CondenseConfig:
         if self.layers is not None:
             self._check_layers()
             self.num_layers = len(self.layers)
+        self._check_budget()
         for name, least in (
             ("num_layers", 1),
             ("num_experts", 0),
@@ -113,6 +130,8 @@ class CondenseConfig:
             ("seed", 0),
         ):
             value = getattr(self, name)
+            if (name, value) == ("num_experts", "auto"):
+                continue
             if not is_int(value) or value < least:
                 raise ValueError(f"`{name}` should be a whole number of at least {least}, but is {value!r}.")
         for name in ("expert_selection", "layer_selection", "metric", "compare", "gates"):
@@ -130,6 +149,19 @@ class CondenseConfig:
         doubled = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if doubled:
             raise ValueError(f"`layers` names {doubled} more than once: {layers}.")
+
+    def _check_budget(self) -> None:
+        if self.expert_budget is not None:
+            read_budget(self.expert_budget)
+            if self.num_experts != "auto":
+                raise ValueError(
+                    f"`expert_budget` is {self.expert_budget!r}, which goes with `num_experts='auto'` only, but "
+                    f"`num_experts` is {self.num_experts!r}."
+                )
+        elif self.num_experts == "auto":
+            raise ValueError(
+                "`num_experts='auto'` needs an `expert_budget`, such as 54 (experts), '300M params' or '2GB'."
+            )
 
     @classmethod
     def paper(cls) -> CondenseConfig:
@@ -199,8 +231,18 @@ def condense_arguments(prefix: str = "") -> type:
     rows: list[Any] = []
     for f in fields(CondenseConfig):
         help_text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        rows.append((prefix + f.name, hints[f.name] | None, field(default=None, metadata={"help": help_text})))
-    return make_dataclass("CondenseConfigArguments", rows)
+        hint = int | str if f.name in _NUMBERS_OR_WORDS else hints[f.name]
+        rows.append((prefix + f.name, hint | None, field(default=None, metadata={"help": help_text})))
+    numbers_or_words = [prefix + name for name in _NUMBERS_OR_WORDS]
+
+    # The parsers have one type per argument, and take text where a number is allowed as well.
+    def read_numbers(self: Any) -> None:
+        for name in numbers_or_words:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
+                setattr(self, name, int(value))
+
+    return make_dataclass("CondenseConfigArguments", rows, namespace={"__post_init__": read_numbers})
 
 
 def unused_with_plan(given: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ class CondensedLayer:
         score (`float`, *optional*): Divergence of the model's output (by the config's `metric` and `compare`) once this
             layer and all layers before it in the plan are condensed, as the layer search measured it. The same for
             every `layer_selection`: "local" and "global", which rank by something else, measure it along their order.
-            None where no layer search was run.
+            None where `layers` were given and all have the same number of experts: it is then not measured.
         expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
             alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values), for every
             `expert_selection`; by "js" where `metric` is "ppl".
@@ -116,8 +116,9 @@ class CondensePlan:
         config (`dict`, *optional*): The `CondenseConfig` of the search.
         calibration (`dict`, *optional*): What the search was run on (source, samples, tokens).
         layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output when one layer alone is
-            condensed, by decoder layer (Figure 1 of the paper). None where the layer search does not measure it
-            ("local", "similarity") or none was run.
+            condensed, by decoder layer (Figure 1 of the paper); with an `expert_budget` to the same K as all others,
+            whatever the layer has got in the end. None where the layer search does not measure it ("local",
+            "similarity") or none was run.
         form (`str`, defaults to `"condense"`): What becomes of the layers: "condense", "trim_layer" (their MLP
             sub-layer is dropped) or "trim_block" (they are dropped whole). Trimmed layers keep no experts.
         layer_similarities (`dict[int, float]`, *optional*): Cosine similarity of what enters and what leaves a layer,
@@ -218,7 +219,7 @@ class CondensePlan:
     # --- use ---
 
     def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
-        """The plan for a smaller budget: its first layers, with their first experts. Needs no model.
+        """The plan for a smaller budget: its first layers, with at most `num_experts` experts. Needs no model.
 
         Orders are nested, so the experts are those that a search for fewer would have chosen. The order of
         layers was found with more experts kept: `score` and `layer_divergences` are dropped where experts are.
@@ -235,17 +236,21 @@ class CondensePlan:
             layers = layers[:num_layers]
         divergences = self.layer_divergences
         if num_experts is not None:
-            fewest = min(len(layer.experts) for layer in layers)
-            if not is_int(num_experts) or not 0 <= num_experts <= fewest:
-                raise ValueError(f"`num_experts` should be between 0 and the plan's {fewest}, but is {num_experts!r}.")
-            if any(len(layer.experts) > num_experts for layer in layers):
+            most = max(len(layer.experts) for layer in layers)
+            if not is_int(num_experts) or not 0 <= num_experts <= most:
+                raise ValueError(f"`num_experts` should be between 0 and the plan's {most}, but is {num_experts!r}.")
+            cut = [len(layer.experts) > num_experts for layer in layers]
+            if any(cut):
                 divergences = None
-                layers = [_keep_experts(layer, num_experts) for layer in layers]
+                # A score is that of all layers so far.
+                layers = [_keep_experts(row, num_experts, not any(cut[: i + 1])) for i, row in enumerate(layers)]
         config = self.config
         if config is not None:
             config = {**config, "num_layers": len(layers)}
             if num_experts is not None:
-                config["num_experts"] = num_experts
+                config |= {"num_experts": num_experts, "expert_budget": None}
+            elif config.get("expert_budget") is not None and len(layers) < len(self.layers):
+                config["expert_budget"] = sum(len(layer.experts) for layer in layers)
             if config.get("layers") is not None:
                 config["layers"] = [layer.layer for layer in layers]
         return replace(self, layers=layers, config=config, layer_divergences=divergences)
@@ -311,13 +316,13 @@ class CondensePlan:
                 )
 
 
-def _keep_experts(layer: CondensedLayer, num_experts: int) -> CondensedLayer:
+def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> CondensedLayer:
     scores = layer.expert_scores
     return CondensedLayer(
         layer=layer.layer,
         experts=layer.experts[:num_experts],
         gates=layer.gates[:num_experts],
-        score=layer.score if len(layer.experts) == num_experts else None,
+        score=layer.score if keep_score else None,
         expert_scores=None if scores is None else scores[: num_experts + 1],
     )
 

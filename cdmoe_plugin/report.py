@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from .budget import LayerBudget
 from .condensed import apply_layers
 from .config import CondenseConfig
 from .loading import sketch_model
 from .modeling_cdmoe import MODEL_CARD_MARK
 from .plan import CondensedLayer, CondensePlan
-from .sparse import check_config, model_shape
+from .sparse import SparseBlock, check_config, model_shape
 from .trimming import check_trimming, parameters_without
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def dry_run(
     Args:
         model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
         request (`CondensePlan` or `CondenseConfig`): What would be condensed. Where a config leaves the layers to a
-            search, the first sparse ones are counted; they all have the same size in nearly every architecture.
+            search, the first sparse ones are counted; they all have the same size in nearly every architecture. An
+            expert budget counts as spent in full; a search may leave some of it.
         dtype (`str`, defaults to `"auto"`): Dtype to count bytes in; "auto" is the checkpoint's own.
         **hub: `revision`, `trust_remote_code` and the like.
 
@@ -115,6 +117,9 @@ def dry_run(
         ValueError: if the request does not fit the model.
     """
     sketch, blocks = sketch_model(model_name_or_path, hub)
+    width = (sketch.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+    if dtype != "auto":
+        sketch.to(getattr(torch, dtype))  # a budget may be in bytes
     if isinstance(request, CondensePlan):
         request.check_fits(model_shape(sketch, blocks))
         experts = {layer.layer: len(layer.experts) for layer in request.layers}
@@ -123,8 +128,7 @@ def dry_run(
         check_config(request, blocks)
         check_trimming(sketch, blocks, request.form, request.layers, request.num_layers)
         layers = request.layers or [block.layer for block in blocks[: request.num_layers]]
-        experts = dict.fromkeys(layers, request.num_experts)
-    width = (sketch.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+        experts = _numbers(request, layers, blocks)
     before = sketch.num_parameters()
     if request.form == "trim_block":
         after = parameters_without(sketch, blocks, list(experts))
@@ -137,6 +141,14 @@ def dry_run(
         for name, count in (("sparse", before), (f"{len(experts)} layers {_DONE[request.form]}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)
+
+
+def _numbers(config: CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]) -> dict[int, int]:
+    budget = LayerBudget.of(config, blocks)
+    if budget is not None:
+        return budget.even(layers)
+    assert isinstance(config.num_experts, int)
+    return dict.fromkeys(layers, config.num_experts)
 
 
 def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:

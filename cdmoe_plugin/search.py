@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .budget import LayerBudget
 from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
@@ -21,10 +22,10 @@ from .refit import check_refit
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS
 from .selection.gates import GATES
-from .selection.layer_data import ExpertOrder, SparseLayerData
+from .selection.layer_data import ExpertOrder, SparseLayerData, as_it_is
 from .selection.layers import LAYER_SELECTIONS, LayerOrder
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
-from .selection.path import LayerSearchData
+from .selection.path import LayerSearchData, ModelPath
 from .sparse import SparseBlock
 from .state import SearchState
 
@@ -46,6 +47,8 @@ def check_methods(config: CondenseConfig) -> None:
     lookup(COMPARE, config.compare, "compare")
     lookup(GATES, config.gates, "gates")
     check_refit(config)
+    if config.form != "condense" and config.num_experts == "auto":
+        raise ValueError(f"`num_experts` is 'auto', but with `form={config.form!r}` no experts are kept.")
     if config.form != "condense" and config.refit is not None:
         raise ValueError(f"`refit` is {config.refit!r}, but with `form={config.form!r}` nothing is left to fit.")
     if config.form != "condense" and config.layer_selection == "local":
@@ -77,7 +80,9 @@ class PlanSearch:
         self.blocks = {block.layer: block for block in blocks}
         layers_path = blocks[0].path.rsplit(".", 2)[0]
         self.stream = LayerStream(model, layers_path, calibration.batches)
-        if config.layers is None and needs_head(config.metric, config.compare):
+        self.budget = LayerBudget.of(config, blocks)
+        compared = config.layers is None or self.budget is not None
+        if compared and needs_head(config.metric, config.compare):
             self.stream.check_head()
         self.token_weights = [
             (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
@@ -87,7 +92,8 @@ class PlanSearch:
     def experts(self) -> dict[int, ChosenExperts]:
         """Order of experts and gates of every candidate layer, with inputs from the unmodified model.
 
-        Layers that are trimmed keep no experts, and none are searched.
+        Layers that are trimmed keep no experts, and none are searched. With an expert budget, the order is longer than
+        the budget pays for in every layer.
         """
         if self.config.form != "condense":
             return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
@@ -101,9 +107,9 @@ class PlanSearch:
                 states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
                 continue
             data, states = self._observe(layer, states)
-            self._check_candidates(data)
+            number = self._number(data)
             select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
-            order = select(data, self.config.num_experts)
+            order = select(data, number)
             gates = {expert: float(data.gates[expert]) for expert in order.experts}
             found[layer] = (order, gates)
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
@@ -111,6 +117,14 @@ class PlanSearch:
 
     def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
         """Order of layers, and what was measured on the way."""
+        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
+        return select(self._layer_data(experts), self.config.num_layers)
+
+    def path(self, experts: dict[int, ChosenExperts], name: str = "layers") -> ModelPath:
+        """The model as layers are condensed to these experts; `name` tells its divergences from others on disk."""
+        return ModelPath(self._layer_data(experts, name))
+
+    def _layer_data(self, experts: dict[int, ChosenExperts], name: str = "layers") -> LayerSearchData:
         form = self.config.form
 
         @cache
@@ -132,9 +146,9 @@ class PlanSearch:
             with standing_in(self.model, self.blocks[layer], Trimmed()):
                 return self.stream.run_layer(layer, state, batch)[0]
 
-        data = LayerSearchData(
+        return LayerSearchData(
             stream=self.stream,
-            candidates=sorted(self.blocks),
+            candidates=sorted(experts),
             condense=condense,
             comparison=compare_outputs(self.config.metric, self.config.compare, self.stream, self.token_weights),
             own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items() if order.scores},
@@ -142,9 +156,8 @@ class PlanSearch:
             cache_bytes=self.config.cache_bytes,
             entering=entering,
             known=self.state,
+            name=name,
         )
-        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
-        return select(data, self.config.num_layers)
 
     def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
         block = self.blocks[layer]
@@ -160,20 +173,25 @@ class PlanSearch:
             calls=calls,
             gates=GATES[self.config.gates](calls, block.num_experts),
             metric=layer_metric(self.config.metric),
-            finish=self.stream.finish if is_last else _identity,
+            finish=self.stream.finish if is_last else as_it_is,
             cache_bytes=self.config.cache_bytes,
             seed=self.config.seed,
         )
         return data, outputs
 
-    def _check_candidates(self, data: SparseLayerData) -> None:
+    def _number(self, data: SparseLayerData) -> int:
+        """How many experts of a layer are put in order."""
         available = len(data.candidates)
+        if self.budget is not None:
+            return min(self.budget.depth(data.block.layer), available)
+        assert isinstance(self.config.num_experts, int)
         if available < self.config.num_experts:
             raise ValueError(
                 f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
                 f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
                 "has no mean gate). Use more calibration data or a smaller `num_experts`."
             )
+        return self.config.num_experts
 
 
 def _order_from_dict(values: Any) -> ChosenExperts:
@@ -183,7 +201,3 @@ def _order_from_dict(values: Any) -> ChosenExperts:
         "search state",
     )
     return ExpertOrder(layer.experts, layer.expert_scores or []), dict(zip(layer.experts, layer.gates, strict=True))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

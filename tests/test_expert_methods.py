@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
-from cdmoe_plugin.selection import ascending, comparison, diversity, spectrum
+from cdmoe_plugin.selection import ascending, comparison, diversity, products, spectrum
 from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
 from cdmoe_plugin.selection.spectrum import pl_alpha_hill
 
@@ -134,8 +134,8 @@ def test_pieces_and_batches_do_not_matter(method: str, monkeypatch: pytest.Monke
     plan = search("qwen2_moe", method)
     monkeypatch.setattr(comparison, "_COMPUTE_ELEMENTS", 6 * 32 * 7)
     monkeypatch.setattr(comparison, "_COMPARE_ELEMENTS", {"cpu": 5 * 32 * 3})
-    monkeypatch.setattr(diversity, "_OUTPUT_ELEMENTS", 6 * 32 * 7)
-    monkeypatch.setattr(diversity, "_WIDE_ELEMENTS", 6 * 32 * 2)
+    monkeypatch.setattr(products, "_OUTPUT_ELEMENTS", {"cpu": 6 * 32 * 7})
+    monkeypatch.setattr(products, "_WIDE_ELEMENTS", {"cpu": 6 * 32 * 2})
     monkeypatch.setattr(spectrum, "_GRAM_ELEMENTS", 16 * 16 * 2)
     for row, whole in zip(search("qwen2_moe", method, batch_size=5).layers, plan.layers, strict=True):
         assert row.experts == whole.experts

@@ -7,14 +7,12 @@ from torch import Tensor
 
 from . import least
 from .layer_data import ExpertOrder, SparseLayerData
+from .products import gram_matrix
 from .ranking import ordered
 
 # Ridge as a share of the candidates' mean squared contribution: far above the rounding of the outputs, and far below
 # what tells two experts apart.
 _RIDGE = 1e-4
-# Numbers that the outputs of all experts for some tokens may have, and their float64 copies for a few of these.
-_OUTPUT_ELEMENTS = 2**26
-_WIDE_ELEMENTS = 2**22
 
 
 def d_optimal_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
@@ -36,27 +34,6 @@ def d_optimal_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
             )
         experts = [data.candidates[i] for i in largest_volume(gram, num_experts)]
     return ordered(data, experts)
-
-
-@torch.no_grad()
-def gram_matrix(data: SparseLayerData) -> Tensor:
-    """Inner products of the experts' gated outputs, weighted means over the calibration tokens: float64 `[N, N]`.
-
-    Rows and columns of experts that are no candidates are NaN.
-    """
-    device, num = data.block.device, data.block.num_experts
-    gram = torch.zeros(num, num, dtype=torch.float64, device=device)
-    width = num * data.block.hidden_size
-    for call in data.calls:
-        weights = call.token_weights.double().sqrt()
-        size, step = max(1, _OUTPUT_ELEMENTS // width), max(1, _WIDE_ELEMENTS // width)
-        for inputs, roots in zip(call.inputs.split(size), weights.split(size), strict=True):
-            outputs = data.block.expert_outputs(inputs)
-            for part, root in zip(outputs.split(step, dim=1), roots.split(step), strict=True):
-                flat = (part.double() * root[:, None]).flatten(1)
-                gram += flat @ flat.T
-    gates = data.gates.to(device)
-    return (gram * gates[:, None] * gates).cpu()
 
 
 def largest_volume(gram: Tensor, number: int) -> list[int]:

@@ -12,6 +12,7 @@ from . import least
 from .comparison import LayerComparison
 from .diversity import d_optimal_experts
 from .layer_data import ExpertOrder, SparseLayerData
+from .products import SquaredErrors
 from .ranking import frequency_experts, l1_experts, random_experts, reap_experts
 from .spectrum import pl_alpha_hill_experts
 
@@ -20,9 +21,10 @@ def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Adds, one after the other, the expert that brings the layer's output nearest (CD-MoE, Algorithm 1).
 
     Each expert's output is computed once and the rounds only add and compare; what does not fit into `cache_bytes`
-    is computed again in each round, with the same result. Ties go to the lower index.
+    is computed again in each round, with the same result. Where the metric is the squared error and the layer adds its
+    block's output to what it has, inner products of the outputs take their place. Ties go to the lower index.
     """
-    comparison = LayerComparison(data)
+    comparison = (SquaredErrors.of(data) if num_experts else None) or LayerComparison(data)
     experts: list[int] = []
     scores = [comparison.without()]
     steps: list[dict[int, float]] = []

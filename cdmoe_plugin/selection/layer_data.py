@@ -12,6 +12,11 @@ from ..playback import LayerCall
 from ..sparse import SparseBlock
 
 
+def as_it_is(output: Tensor) -> Tensor:
+    """What the model does to the output of a decoder layer that is not the last."""
+    return output
+
+
 @dataclass
 class SparseLayerData:
     """Everything that expert selection may look at in one sparse layer.
@@ -21,8 +26,8 @@ class SparseLayerData:
         calls (`list[LayerCall]`): The layer on all calibration batches.
         gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
         metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
-        finish (`Callable`): What the model does to the layer's output before it is compared: nothing, but the final
-            norm for the last decoder layer (as in the published code).
+        finish (`Callable`): What the model does to the layer's output before it is compared: nothing (`as_it_is`), but
+            the final norm for the last decoder layer (as in the published code).
         cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
         seed (`int`): Seed of every random choice.
     """

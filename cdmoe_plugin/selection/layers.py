@@ -70,7 +70,7 @@ def global_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     with logging.tqdm(data.candidates, desc="Layer search", unit="candidate") as candidates:
         alone = {layer: path.score(layer) for layer in candidates}
     layers = ascending(alone)[:num_layers]
-    return LayerOrder(layers, _scores_along(path, layers), [alone])
+    return LayerOrder(layers, scores_along(path, layers), [alone])
 
 
 def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
@@ -111,7 +111,7 @@ def local_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     `compare` says does not matter for it. Ranked once, ties to the lower index.
     """
     layers = ascending({layer: data.own_divergences[layer] for layer in data.candidates})[:num_layers]
-    return LayerOrder(layers, _scores_along(ModelPath(data), layers))
+    return LayerOrder(layers, scores_along(ModelPath(data), layers))
 
 
 LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
@@ -122,7 +122,7 @@ LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
 }
 
 
-def _scores_along(path: ModelPath, layers: list[int]) -> list[float]:
+def scores_along(path: ModelPath, layers: list[int]) -> list[float]:
     """Divergences of the model's output along an order that is known."""
     scores = []
     for layer in layers:

@@ -32,6 +32,7 @@ class LayerSearchData:
         entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
             is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
         known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
+        name (`str`): How their names begin there.
     """
 
     stream: LayerStream
@@ -43,6 +44,7 @@ class LayerSearchData:
     token_weights: list[Tensor]
     entering: Callable[[int, State, int], Tensor]
     known: MutableMapping[str, float] = field(default_factory=dict)
+    name: str = "layers"
 
 
 class ModelPath:
@@ -68,7 +70,7 @@ class ModelPath:
         Raises:
             ValueError: naming the layer, if that is not finite.
         """
-        name = "layers " + " ".join(map(str, [*self.chosen, layer]))
+        name = " ".join(map(str, [self.data.name, *self.chosen, layer]))
         if name not in self.data.known:
             self.data.known[name] = _finite(self._distance(layer), layer)
         return self.data.known[name]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..budget import LayerBudget
 from ..config import CondenseConfig
 from ..plan import ModelShape
 from .block import SparseBlock
@@ -89,12 +90,15 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
         raise ValueError(
             f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}."
         )
+    budget = LayerBudget.of(config, blocks)
+    if budget is not None:
+        budget.check()
+    number = config.num_experts
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
-        if config.form == "condense" and chosen and config.num_experts > block.num_experts:
+        if config.form == "condense" and chosen and number != "auto" and number > block.num_experts:
             raise ValueError(
-                f"`num_experts` is {config.num_experts}, but decoder layer {block.layer} has {block.num_experts} "
-                "routed experts."
+                f"`num_experts` is {number}, but decoder layer {block.layer} has {block.num_experts} routed experts."
             )
 
 

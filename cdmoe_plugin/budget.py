@@ -1,0 +1,116 @@
+"""A total of kept experts for all condensed layers together, in experts, in their parameters or in bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .config import CondenseConfig
+    from .sparse import SparseBlock
+
+Unit = Literal["experts", "parameters", "bytes"]
+
+_PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s*([KMB]?)\s*param(?:eter)?s", re.IGNORECASE)
+# A capital B: a small one would be bits.
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B")
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# How many times the average a layer may get: what the expert search computes orders for.
+_DEPTH = 3
+
+
+def read_budget(value: object) -> tuple[int, Unit]:
+    """An `expert_budget` as an amount and its unit: 54, "300M params" (K, M or B), "2GB" or "500MiB".
+
+    Raises:
+        ValueError: naming the field, if it is none of these.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value, "experts"
+    text = value.strip() if isinstance(value, str) else ""
+    if found := _PARAMETERS.fullmatch(text):
+        return round(float(found[1]) * _DECIMAL[found[2].upper()]), "parameters"
+    found = _BYTES.fullmatch(text)
+    if found and not (found[3] and not found[2]):
+        return round(float(found[1]) * (_BINARY if found[3] else _DECIMAL)[found[2]]), "bytes"
+    raise ValueError(
+        "`expert_budget` should be a number of experts, or text such as '300M params', '2GB' or '500MiB', but is "
+        f"{value!r}."
+    )
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """An expert budget on the layers of a model that may be condensed.
+
+    Args:
+        amount (`int`): What may be kept in all condensed layers together, in `unit`.
+        unit (`str`): "experts", "parameters" or "bytes".
+        costs (`dict[int, int]`): What one routed expert of each candidate layer costs, in `unit`.
+        sizes (`dict[int, int]`): Routed experts of each candidate layer.
+        num_layers (`int`): How many of the candidates will be condensed.
+    """
+
+    amount: int
+    unit: Unit
+    costs: Mapping[int, int]
+    sizes: Mapping[int, int]
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: CondenseConfig, blocks: Sequence[SparseBlock]) -> LayerBudget | None:
+        """The budget that a config means on a model's sparse blocks; None where it asks for one K for all layers."""
+        if config.num_experts != "auto":
+            return None
+        amount, unit = read_budget(config.expert_budget)
+        candidates = [block for block in blocks if config.layers is None or block.layer in config.layers]
+        costs = {block.layer: _cost(block, unit) for block in candidates}
+        sizes = {block.layer: block.num_experts for block in candidates}
+        return cls(amount, unit, costs, sizes, config.num_layers)
+
+    @property
+    def uniform(self) -> int:
+        """The largest K of which every choice of layers fits into the budget."""
+        return self.amount // self._dearest(self.costs.values())
+
+    def depth(self, layer: int) -> int:
+        """How many experts of a layer are worth ordering: three times the average, as far as one layer can pay."""
+        average = -(-self.amount // self._dearest(self.costs.values()))
+        return min(_DEPTH * average, self.amount // self.costs[layer], self.sizes[layer])
+
+    def even(self, layers: Sequence[int]) -> dict[int, int]:
+        """The most experts of these layers that fit, one for each in turn."""
+        kept, left = dict.fromkeys(layers, 0), self.amount
+        while open_layers := [i for i in layers if kept[i] < self.sizes[i] and self.costs[i] <= left]:
+            for layer in open_layers:
+                if self.costs[layer] <= left:
+                    kept[layer] += 1
+                    left -= self.costs[layer]
+        return kept
+
+    def check(self) -> None:
+        """Checks that the layers have as much as the budget.
+
+        Raises:
+            ValueError: naming the field, what was asked for and what there is.
+        """
+        there = self._dearest([self.costs[layer] * size for layer, size in self.sizes.items()])
+        if self.amount > there:
+            raise ValueError(
+                f"`expert_budget` is {self.amount:,} {self.unit}, but all routed experts of {self.num_layers} layers "
+                f"are {there:,} {self.unit}."
+            )
+
+    def _dearest(self, each: Iterable[int]) -> int:
+        """The sum over those `num_layers` candidates for which it is the largest."""
+        return sum(sorted(each)[-self.num_layers :])
+
+
+def _cost(block: SparseBlock, unit: Unit) -> int:
+    if unit == "experts":
+        return 1
+    parts = block.expert_weights()[:3]
+    return sum(part[0].numel() * (part.dtype.itemsize if unit == "bytes" else 1) for part in parts)
