@@ -189,13 +189,13 @@ def edited(draw: st.DrawFn) -> str:
         if action == "delete" and path:
             del holder[key]
         elif action == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(sorted(holder)) | st.text(max_size=5))] = draw(VALUES)
+            holder[draw(st.sampled_from(sorted(holder)) | st.text(max_size=5))] = copy.deepcopy(draw(VALUES))
         elif action == "repeat" and isinstance(holder, list):
-            holder.append(holder[key])
+            holder.append(copy.deepcopy(holder[key]))
         elif action == "wrap":
             holder[key] = [holder[key]]
         else:
-            holder[key] = draw(VALUES)
+            holder[key] = copy.deepcopy(draw(VALUES))  # a later change must not reach the strategy's own lists
     return written(top["plan"])
 
 
