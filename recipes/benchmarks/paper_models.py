@@ -9,7 +9,7 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager, get_task_dict
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained
@@ -126,7 +126,7 @@ class Tasks:
 
     def questions(self, count: int, seed: int = 0) -> list[str]:
         """Questions of all tasks, the same number of each, as calibration texts (Figure 5)."""
-        tasks = list(_flat(get_task_dict(list(self.names), self.manager)))
+        tasks = list(self.manager.load(list(self.names))["tasks"].values())
         rng = random.Random(seed)
         texts = []
         for task in tasks:
@@ -136,14 +136,6 @@ class Tasks:
                 # winogrande's "text" is the index of the choice
                 texts.append(text if isinstance(text, str) else str(task.doc_to_choice(doc)[0]))
         return texts
-
-
-def _flat(tasks: dict[Any, Any]) -> Iterator[Any]:
-    for task in tasks.values():
-        if isinstance(task, dict):
-            yield from _flat(task)
-        else:
-            yield task
 
 
 class Opener:

@@ -16,8 +16,9 @@ python recipes/benchmarks/paper_tables.py --model_name_or_path deepseek-ai/deeps
     --tasks arc_challenge,boolq,hellaswag,openbookqa,piqa,rte,winogrande,mmlu --layers 3,6,9,12,15 --num_experts 6 \
     --num_samples 100 --max_length 512 --batch_size 16 --seeds 0 --output_dir outputs/paper-deepseek
 
-What that takes is estimated in BENCHMARKS.md: 70 GB of GPU memory, and some 20 hours of an A100 per seed for the
-evaluations alone; `--limit 200` (questions per task) and `--only table1` make it bearable.
+By an estimate (BENCHMARKS.md), that takes 65 GB of GPU memory and, per seed, 33 hours of an A100: 27 for 86
+evaluations, 6 for the searches. `--only table1,figure2` needs 21 evaluations and 3 searches; `--limit 200` (questions
+per task) makes each evaluation four times as fast.
 """
 
 from __future__ import annotations
