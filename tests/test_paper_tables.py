@@ -54,6 +54,7 @@ def arguments(case: Case) -> list[str]:
         "seeds": "0",
         "only": PARTS,
         "output_dir": case.base.parent / "paper",
+        "recovery_dir": case.base.parent,  # in it are the sparse checkpoint and a condensed one
     }
     return [f"--{name}={value}" for name, value in given.items()]
 
@@ -77,8 +78,7 @@ def test_everything_is_drawn(folder: Path) -> None:
     text = (folder / "tables.md").read_text()
     for title in ("Table 1", "Figure 5. Calibration data: held-out loss", "refit: accuracy", "Claims"):
         assert title in text
-    assert {path.name for path in folder.glob("*.png")} == {"figure1.png", "figure2.png", "figure5.png"}
-    assert "Figure 3 is left out" in text
+    assert {path.name for path in folder.glob("*.png")} == {f"figure{i}.png" for i in (1, 2, 3, 5)}
     assert "Figure 4 is left out" in text
 
 
@@ -96,6 +96,8 @@ def test_a_number_is_that_of_an_independent_measurement(paper: Any, folder: Path
     expected = sum(losses) / len(losses)
     for part, method in (("table1", "CD-MoE E(shared+2)"), ("figure5", "texts"), ("refit", "none")):
         assert paper.claims.curve(results, part, method, "loss")[2][0] == pytest.approx(expected, abs=1e-4)
+    same = {row.metric: row.value for row in results.of("figure3") if row.cell.method == "base"}
+    assert same["loss"] == results.known(paper.results.Setting())["loss"]
     ratio = sum(p.numel() for p in model.parameters()) / before
     memory = paper.claims.curve(results, "table1", "CD-MoE E(shared+2)", "memory")[2][0]
     assert memory == pytest.approx(ratio, abs=0.01)

@@ -113,7 +113,8 @@ def shares(results: Results, curves: dict[str, Curve], method: str, metric: str,
     for n in layers:
         before, after = curves["none"].get(n, {}), curves[method].get(n, {})
         seeds = [s for s in before if s in after and before[s] != sparse]
-        found.append(spread([100 * (before[s] - after[s]) / (before[s] - sparse) for s in seeds], 0) + "%")
+        closed = [100 * (before[s] - after[s]) / (before[s] - sparse) for s in seeds]
+        found.append(spread(closed, 0) + "%" if closed else "")
     return found
 
 
