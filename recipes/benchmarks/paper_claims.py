@@ -64,9 +64,11 @@ def judge(text: str, metric: str, differences: Curve, error: float) -> Claim | N
 
     Numbers of layers at which nothing differs (all layers are condensed, say) tell nothing, and are left out.
     """
-    differences = {n: seeds for n, seeds in differences.items() if any(seeds.values())}
     if not differences:
         return None
+    differences = {n: seeds for n, seeds in differences.items() if any(seeds.values())}
+    if not differences:
+        return Claim(text, metric, "within the spread", "equal everywhere")
     common = set.intersection(*(set(seeds) for seeds in differences.values()))
     by_seed = [statistics.fmean(differences[n][s] for n in differences) for s in sorted(common)]
     if not by_seed:
@@ -78,8 +80,9 @@ def judge(text: str, metric: str, differences: Curve, error: float) -> Claim | N
     budgets = ", ".join(
         f"L{n} {factor * statistics.fmean(seeds.values()):+.{digits}f}" for n, seeds in sorted(differences.items())
     )
-    known = "" if len(by_seed) > 1 else "; one seed"
-    return Claim(text, metric, verdict, f"{factor * mean:+.{digits}f} ± {factor * wide:.{digits}f} ({budgets}{known})")
+    known = "" if len(by_seed) > 1 else "; one seed" + ("" if wide else ", no spread known")
+    plus_minus = f" ± {factor * wide:.{digits}f}" if wide else ""
+    return Claim(text, metric, verdict, f"{factor * mean:+.{digits}f}{plus_minus} ({budgets}{known})")
 
 
 def advantage(one: Curve, other: Curve, metric: str) -> Curve:
@@ -133,7 +136,9 @@ def _js(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
         one, two = (curve(results, "table4", name, metric) for name in ("js", other))
         differing = {n: seeds for n, seeds in advantage(one, two, metric).items() if any(seeds.values())}
         many = sorted(differing)[len(differing) // 2 :]
-        yield f"JS beats {other.upper()} at many layers", {n: differing[n] for n in many}
+        # All that are equal, where nothing differs: that is an answer as well.
+        given = {n: differing[n] for n in many} or advantage(one, two, metric)
+        yield f"JS beats {other.upper()} at many layers", given
 
 
 def _table1(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
