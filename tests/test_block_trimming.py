@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import (
@@ -87,16 +88,16 @@ def test_generation(model_type: str, use_cache: bool) -> None:
 STOCK = """
 import sys
 sys.modules["cdmoe_plugin"] = None  # importing it fails
-import torch
 from pathlib import Path
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, trust_remote_code=folder.name.startswith("mlp")
     )
     assert not any(info.values()), (folder.name, info)
-    ids = torch.load(folder / "ids.pt")
-    torch.save(model(ids, use_cache=False).logits, folder / "logits.pt")
+    logits = model(load_file(sys.argv[2])["ids"], use_cache=False).logits
+    save_file({"logits": logits.detach()}, folder / "logits.safetensors")
 """
 
 
@@ -108,9 +109,8 @@ def test_stock_checkpoints(tmp_path: Path) -> None:
         dropped = dropped_of(model)
         by_hooks = by_hand(model, form, dropped, IDS[:1])[0]
         apply_plan(model, trim_plan(form, dropped))
-        folder = tmp_path / (model_type if form == "trim_block" else f"mlp {model_type}")
+        folder = tmp_path / "models" / (model_type if form == "trim_block" else f"mlp {model_type}")
         model.save_pretrained(folder)
-        torch.save(ids, folder / "ids.pt")
         expected[folder] = model(ids, use_cache=False).logits, by_hooks[None]
         config = json.loads((folder / "config.json").read_text())
         if form == "trim_block":
@@ -120,10 +120,12 @@ def test_stock_checkpoints(tmp_path: Path) -> None:
             again = AutoModelForCausalLM.from_pretrained(folder)
             assert type(again) is type(model)
             assert not differing(state(again), state(model))
-    run = subprocess.run([sys.executable, "-c", STOCK, tmp_path], capture_output=True, text=True, check=False)
+    save_file({"ids": ids}, tmp_path / "ids")
+    command = [sys.executable, "-c", STOCK, tmp_path / "models", tmp_path / "ids"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for folder, (own, by_hooks) in expected.items():
-        found = torch.load(folder / "logits.pt")
+        found = load_file(folder / "logits.safetensors")["logits"]
         torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found, by_hooks, rtol=1e-5, atol=1e-5)
 

@@ -141,17 +141,18 @@ def test_opened_without_the_package(tmp_path: Path) -> None:
     model = open_in(tmp_path / "checkpoint", "nf4")
     model.save_pretrained(tmp_path / "checkpoint")
     code = """
-import sys, torch
+import sys
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
+save_file({"logits": model(load_file(sys.argv[2])["ids"]).logits.detach()}, sys.argv[2])
 assert "cdmoe_plugin" not in sys.modules
 """
-    torch.save(IDS, tmp_path / "ids")
+    save_file({"ids": IDS}, tmp_path / "ids")
     command = [sys.executable, "-c", code, str(tmp_path / "checkpoint"), str(tmp_path / "ids")]
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
-    assert distance(torch.load(tmp_path / "ids"), logits(model)) < 1e-6
+    assert distance(load_file(tmp_path / "ids")["logits"], logits(model)) < 1e-6
 
 
 def test_narrow_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,8 +102,7 @@ def refit_layers(
                     condensed = _run(stream, layer, condensed)
             else:
                 condensed = outputs if alike else _run(stream, layer, condensed)
-            # Without it as a goal, the unmodified model is no longer followed.
-            original = outputs if needs_original and (config.refit_target == "model" or alike) else original
+            original = outputs  # as it was, where the unmodified model is no longer followed
     return mlps, fits
 
 
