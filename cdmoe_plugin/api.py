@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import Calibration, load_calibration
 from .condensed import apply_layers, become_condensed, note_refit, refuse_condensed, refuse_quantised
 from .config import CondenseConfig
 from .layerwise import searching
-from .loading import check_whole, hub_kwargs, load_condensed, sketch_model
+from .loading import hub_kwargs, load_condensed, load_sparse, sketch_model
+from .offload import unreachable
 from .plan import CondensedLayer, CondensePlan
+from .processes import Processes
 from .refit import check_calibration, refit_layers
 from .search import PlanSearch, check_methods
 from .selection.layers import LayerOrder
@@ -26,6 +28,7 @@ from .state import SearchState, fingerprint
 from .trimming import check_trimming, trim_blocks
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -39,6 +42,7 @@ def condense_pretrained(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
+    accelerator: Accelerator | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
@@ -59,7 +63,10 @@ def condense_pretrained(
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which the search keeps its results as they come; one
             that was interrupted goes on from there. Not used with a plan.
-        **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...).
+        accelerator (`Accelerator`, *optional*): As in `search_plan`.
+        **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...). With an
+            `offload_folder` and no `device_map`, all decoder layers are kept on disk, and the condensed model's as
+            well: one layer at a time is in memory, also as the condensed model is saved.
 
     Returns:
         `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is what was applied.
@@ -83,7 +90,7 @@ def condense_pretrained(
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
         if config.refit is not None or (plan is None and config.needs_calibration):
             calibration = _calibration_for(model, config, calibration, tokenizer)
-        plan = plan or search_plan(model, config, calibration=calibration, state_dir=state_dir)
+        plan = plan or search_plan(model, config, calibration=calibration, state_dir=state_dir, accelerator=accelerator)
         return apply_plan(model, plan, config, calibration=calibration)
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(model).__name__}.")
@@ -103,10 +110,8 @@ def condense_pretrained(
         data = load_calibration(
             calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
         )
-    opened: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **model_kwargs)
-    loaded, loading_info = opened
-    check_whole(loaded, loading_info)
-    plan = plan or search_plan(loaded, config, calibration=data, state_dir=state_dir)
+    loaded = load_sparse(model, sketch, model_kwargs)
+    plan = plan or search_plan(loaded, config, calibration=data, state_dir=state_dir, accelerator=accelerator)
     return apply_plan(loaded, plan, config, calibration=data)
 
 
@@ -117,6 +122,7 @@ def search_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
+    accelerator: Accelerator | None = None,
 ) -> CondensePlan:
     """Chooses experts, gates and layers on calibration data; the model stays as it is.
 
@@ -127,11 +133,15 @@ def search_plan(
         tokenizer (*optional*): For texts; by default that of the checkpoint the model was loaded from.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
             interrupted goes on from there.
+        accelerator (`Accelerator`, *optional*): Splits the calibration batches over the processes of `accelerate
+            launch`, all of which must call this function with the same arguments. Every one of them returns the plan
+            that a single process would find; the main process keeps the state.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
-        ValueError: if the config does not fit the model, if the calibration data is empty, if activations are not
-            finite, if too few experts of a layer are chosen by any token, or if `state_dir` belongs to another search.
+        ValueError: if the config does not fit the model, if the calibration data is empty or makes fewer batches than
+            there are processes, if activations are not finite, if too few experts of a layer are chosen by any token,
+            or if `state_dir` belongs to another search.
     """
     config = CondenseConfig() if config is None else config
     check_methods(config)
@@ -146,8 +156,10 @@ def search_plan(
         check_calibration(calibration)  # before the search, of which only the last step would need more
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
-        state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
-        search = PlanSearch(model, config, candidates, calibration, state)
+        processes = Processes(accelerator, len(calibration.batches))
+        belongs = fingerprint(model, config, calibration.fingerprint) if state_dir else {}
+        state = SearchState(state_dir, belongs, processes)
+        search = PlanSearch(model, config, candidates, calibration, state, processes)
         found = search.experts()
         experts = found if search.budget is None else uniformly(search.budget, found)
         chosen = search.layers(experts) if config.layers is None else LayerOrder(config.layers, [])
@@ -259,10 +271,11 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     refuse_condensed(model)
     refuse_quantised(getattr(model, "hf_quantizer", None))
     blocks = find_sparse_blocks(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    nowhere = unreachable(model)
+    if nowhere:
         raise ValueError(
-            "Some weights of the model are not in memory (offloaded by its device map, or on the meta device). Load it "
-            "whole, or pass the checkpoint and a plan to `condense_pretrained`, which reads only the kept experts."
+            f"{len(nowhere)} weights of the model are on the meta device, such as {nowhere[0]}: load it from a "
+            "checkpoint, with `device_map` and `offload_folder` if it is larger than memory."
         )
     return blocks
 

@@ -20,6 +20,7 @@ from .modeling_cdmoe import (
     condensed_model_class,
     silence_router_loss,
 )
+from .offload import in_memory, offload_like
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
@@ -241,7 +242,12 @@ def apply_layers(
         block = by_layer[chosen.layer]
         if form == "trim_layer":
             return block, Trimmed()
-        return block, fold(block, chosen.experts, chosen.gates) if mlps is None else mlps[chosen.layer]
+        if mlps is not None:
+            return block, mlps[chosen.layer]
+        with in_memory(model.base_model.get_submodule(block.path.rpartition(".")[0])):
+            mlp = fold(block, chosen.experts, chosen.gates)
+        offload_like(mlp, block.module, f"condensed-{block.layer}")
+        return block, mlp
 
     folded = (made(chosen) for chosen in layers)
     specs = {}

@@ -5,9 +5,8 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
+from .offload import in_memory, in_memory_copy
 from .sparse import UnsupportedModelError, patched_forward
 
 # What one decoder layer hands to the next: hidden states `[B, S, H]`, and in a few architectures more (the token choice
@@ -46,6 +46,7 @@ class LayerStream:
         self._head: list[nn.Module] = []
         self._wide: list[nn.Module] | None = None
         self._skipped: set[int] = set()
+        self._finite: list[tuple[int, Tensor]] = []
         self._learn_form()
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
@@ -56,14 +57,26 @@ class LayerStream:
 
     @torch.no_grad()
     def run_layer(self, layer: int, state: State, batch: int) -> State:
-        """What one decoder layer makes of its input, for one of the batches.
+        """What one decoder layer makes of its input, for one of the batches; see `check_finite`."""
+        output = self.call_layer(layer, state, batch)
+        self._finite.append((layer, torch.isfinite(output[0]).all()))
+        return output
+
+    def check_finite(self) -> None:
+        """Checks what all layers gave since the last check. It waits for the device, so layers do not do it themselves.
 
         Raises:
-            ValueError: naming the layer, if its output is not finite.
+            ValueError: naming the layer, if its output was not finite.
         """
-        output = self.call_layer(layer, state, batch)
-        _check_finite(output[0], f"The output of decoder layer {layer}")
-        return output
+        noted, self._finite = self._finite, []
+        if all(torch.stack([flag.to(noted[0][1].device) for _, flag in noted]).tolist() if noted else []):
+            return
+        layer = next(layer for layer, flag in noted if not flag)
+        raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
+
+    def in_memory(self, layer: int) -> AbstractContextManager[None]:
+        """Holds the weights of a decoder layer in memory, where they are offloaded."""
+        return in_memory(self.layers[layer])
 
     @torch.no_grad()
     def call_layer(self, layer: int, state: State, batch: int) -> State:
@@ -92,7 +105,7 @@ class LayerStream:
 
     def _wide_head(self) -> list[nn.Module]:
         if self._wide is None:
-            self._wide = [copy.deepcopy(module).float() for module in self._head]
+            self._wide = [in_memory_copy(module).float() for module in self._head]
         return self._wide
 
     @torch.no_grad()
@@ -202,9 +215,11 @@ class LayerStream:
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 state = self._run(layer, state, *call)
-                _check_finite(state[0], f"The output of decoder layer {layer}")
+                self._finite.append((layer, torch.isfinite(state[0]).all()))
+        self.check_finite()
         again = self.finish(state[0])
-        _check_finite(again, "The output of the final norm")
+        if not bool(torch.isfinite(again).all()):
+            raise ValueError(_not_finite("The output of the final norm"))
         scale = float(expected.abs().max())
         if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
             raise UnsupportedModelError(
@@ -213,11 +228,8 @@ class LayerStream:
             )
 
 
-def _check_finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
-        )
+def _not_finite(what: str) -> str:
+    return f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
 
 
 def _handed_on(outputs: list[tuple[Any, ...]], inputs: list[dict[str, Any]]) -> dict[str, int]:

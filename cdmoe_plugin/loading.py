@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,11 +47,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     plan.check_fits(shape)
     kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
     counts = {block.layer: block.num_experts for block in blocks}
-    loader = _loader_class(type(sketch), kept, counts)
-    opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
-    model, loading_info = opened
-    check_whole(model, loading_info)
-    model.__class__ = type(sketch)
+    model = _open(path, sketch, model_kwargs, kept, counts)
     renumbered = [replace(layer, experts=list(range(len(layer.experts)))) for layer in plan.layers]
     small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
     for block in small:
@@ -60,6 +56,56 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     plan = plan if plan.model is not None else replace(plan, model=shape)
     become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
     return model
+
+
+def load_sparse(path: str | os.PathLike, sketch: PreTrainedModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Opens a sparse checkpoint as it is.
+
+    Args:
+        sketch (`PreTrainedModel`): The same model on the meta device.
+        model_kwargs (`dict`): For `from_pretrained`; with an `offload_folder` alone, decoder layers stay on disk.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights.
+    """
+    if "offload_folder" in model_kwargs:
+        return _open(path, sketch, model_kwargs, {}, {})
+    opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    model, loading_info = opened
+    check_whole(model, loading_info)
+    return model
+
+
+def _open(
+    path: str | os.PathLike,
+    sketch: PreTrainedModel,
+    model_kwargs: dict[str, Any],
+    kept: dict[int, list[int]],
+    counts: dict[int, int],
+) -> PreTrainedModel:
+    if "offload_folder" in model_kwargs and model_kwargs.get("device_map") is None:
+        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch)}
+    loader = _loader_class(type(sketch), kept, counts)
+    opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    model, loading_info = opened
+    check_whole(model, loading_info)
+    model.__class__ = type(sketch)
+    return model
+
+
+def layers_on_disk(sketch: PreTrainedModel) -> dict[str, str | int]:
+    """A device map with all decoder layers on disk, and the rest where they compute: on a GPU if there is one."""
+    layers = find_sparse_blocks(sketch)[0].path.rsplit(".", 2)[0]
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    base = sketch.base_model
+    prefix = next(f"{name}." if name else "" for name, module in sketch.named_modules() if module is base)
+    device_map: dict[str, str | int] = {}
+    for name, module in sketch.named_modules():
+        if name == prefix + layers:
+            device_map |= {f"{name}.{i}": "disk" for i in range(len(list(module.children())))}
+        elif not any(True for _ in module.children()) and not name.startswith(f"{prefix}{layers}."):
+            device_map[name] = device
+    return device_map
 
 
 def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +179,9 @@ def _kept_tensors(files: Sequence[str], kept: dict[int, list[int]], counts: dict
     """All tensors of a checkpoint that the condensed model needs, unread, experts renumbered."""
     tensors: dict[str, Any] = {}
     for file in files:
-        handle = safe_open(file, framework="pt", device="cpu")
-        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            shapes = {key: (part.get_shape(), part.get_dtype()) for key, part in _slices(handle)}
+        for key, (shape, dtype) in shapes.items():
             match = _ONE_EXPERT.search(key)
             experts = kept.get(int(match["layer"])) if match else None
             if match is not None and experts is not None:
@@ -142,15 +189,21 @@ def _kept_tensors(files: Sequence[str], kept: dict[int, list[int]], counts: dict
                     continue
                 place = experts.index(int(match["expert"]))
                 key_start, key_end = match.span("expert")
-                tensors[f"{key[:key_start]}{place}{key[key_end:]}"] = handle.get_slice(key)
+                tensors[f"{key[:key_start]}{place}{key[key_end:]}"] = _Unread(file, key, shape, dtype)
                 continue
-            part = handle.get_slice(key)
             match = _IN_LAYER.search(key)
             layer = int(match["layer"]) if match else -1
-            if layer in kept and _is_stack(key, part.get_shape(), counts[layer]):
-                part = _Rows(part, kept[layer], counts[layer])
-            tensors[key] = part
+            if layer in kept and _is_stack(key, shape, counts[layer]):
+                rows = shape[0] // counts[layer]
+                shape = [rows * len(kept[layer]), *shape[1:]]
+                tensors[key] = _Unread(file, key, shape, dtype, [range(e * rows, (e + 1) * rows) for e in kept[layer]])
+            else:
+                tensors[key] = _Unread(file, key, shape, dtype)
     return tensors
+
+
+def _slices(handle: Any) -> list[tuple[str, Any]]:
+    return [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118  (the handle is no dict)
 
 
 def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
@@ -160,21 +213,30 @@ def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
     return len(shape) == 2 and _ALL_EXPERTS.search(key) is not None and shape[0] % count == 0
 
 
-class _Rows:
-    """Some experts of a stacked tensor on disk, read when asked for, as a safetensors slice is."""
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor in a safetensors file, or some rows of it, read when asked for, as a safetensors slice is.
 
-    def __init__(self, part: Any, experts: Sequence[int], count: int) -> None:
-        self.part = part
-        self.experts = experts
-        self.rows = part.get_shape()[0] // count
+    The file is open only then: what has been read of a file that stays open counts as memory in use.
+    """
+
+    file: str
+    key: str
+    shape: list[int]
+    dtype: str
+    rows: list[range] | None = None
 
     def get_shape(self) -> list[int]:
-        return [self.rows * len(self.experts), *self.part.get_shape()[1:]]
+        return self.shape
 
     def get_dtype(self) -> str:
-        return self.part.get_dtype()
+        return self.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        if index is not Ellipsis:
-            raise IndexError("only all kept experts can be read at once")
-        return torch.cat([self.part[e * self.rows : (e + 1) * self.rows] for e in self.experts])
+        with safe_open(self.file, framework="pt", device="cpu") as handle:
+            part = handle.get_slice(self.key)
+            if self.rows is None:
+                return part[index]
+            if index is not Ellipsis:
+                raise IndexError("only all kept experts can be read at once")
+            return torch.cat([part[rows.start : rows.stop] for rows in self.rows])

@@ -72,6 +72,7 @@ class LayerRecorder:
                 stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
             routes = stack.enter_context(self.block.recording_routes())
             output = self.stream.run_layer(self.block.layer, state, batch)
+        self.stream.check_finite()
         block_input, target = seen["block"]
         target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
         valid = self.stream.valid(batch).to(target.device)

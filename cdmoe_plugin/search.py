@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from .layerwise import LayerStream, State
 from .modeling_cdmoe import Trimmed
 from .plan import CondensedLayer
 from .playback import LayerRecorder
+from .processes import Processes
 from .refit import check_refit
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS
@@ -25,9 +25,11 @@ from .selection.gates import GATES
 from .selection.layer_data import ExpertOrder, SparseLayerData, as_it_is
 from .selection.layers import LAYER_SELECTIONS, LayerOrder
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
-from .selection.path import LayerSearchData, ModelPath
+from .selection.path import LayerSearchData, ModelVariants
 from .sparse import SparseBlock
 from .state import SearchState
+
+logger = logging.get_logger(__name__)
 
 # Experts in the order of their selection, and their gates.
 ChosenExperts = tuple[ExpertOrder, dict[int, float]]
@@ -73,20 +75,24 @@ class PlanSearch:
         blocks: list[SparseBlock],
         calibration: Calibration,
         state: SearchState,
+        processes: Processes,
     ) -> None:
         self.model = model
         self.config = config
+        self.calibration = calibration
         self.state = state
+        self.processes = processes
         self.blocks = {block.layer: block for block in blocks}
         layers_path = blocks[0].path.rsplit(".", 2)[0]
-        self.stream = LayerStream(model, layers_path, calibration.batches)
+        batches = processes.mine(calibration.batches)
+        self.stream = LayerStream(model, layers_path, batches)
         self.budget = LayerBudget.of(config, blocks)
         compared = config.layers is None or self.budget is not None
         if compared and needs_head(config.metric, config.compare):
             self.stream.check_head()
         self.token_weights = [
             (mask / mask.sum(1, keepdim=True) / calibration.num_samples)[mask.bool()]
-            for mask in (batch.attention_mask.float() for batch in calibration.batches)
+            for mask in (batch.attention_mask.float() for batch in batches)
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
@@ -103,31 +109,36 @@ class PlanSearch:
             name = f"experts {layer}"
             if name in self.state:
                 found[layer] = _order_from_dict(self.state[name])
-            if layer not in self.blocks or name in self.state:
-                states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
-                continue
-            data, states = self._observe(layer, states)
-            number = self._number(data)
-            select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
-            order = select(data, number)
-            gates = {expert: float(data.gates[expert]) for expert in order.experts}
-            found[layer] = (order, gates)
+            with self.stream.in_memory(layer):
+                if layer not in self.blocks or name in self.state:
+                    states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+                    self.stream.check_finite()
+                    continue
+                found[layer], states = self._experts_of(layer, states)
+            order, gates = found[layer]
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
+            logger.info(f"Decoder layer {layer}: experts {order.experts}, divergence {order.scores[-1]:.3e}.")
         return found
+
+    def _experts_of(self, layer: int, states: list[State]) -> tuple[ChosenExperts, list[State]]:
+        data, outputs = self._observe(layer, states)
+        number = self._number(data)
+        select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
+        order = select(data, number)
+        return (order, {expert: float(data.gates[expert]) for expert in order.experts}), outputs
 
     def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
         """Order of layers, and what was measured on the way."""
         select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
         return select(self._layer_data(experts), self.config.num_layers)
 
-    def path(self, experts: dict[int, ChosenExperts], name: str = "layers") -> ModelPath:
-        """The model as layers are condensed to these experts; `name` tells its divergences from others on disk."""
-        return ModelPath(self._layer_data(experts, name))
+    def variants(self, experts: dict[int, ChosenExperts], name: str = "layers") -> ModelVariants:
+        """The model with layers condensed to these experts; `name` tells its divergences from others on disk."""
+        return ModelVariants(self._layer_data(experts, name))
 
     def _layer_data(self, experts: dict[int, ChosenExperts], name: str = "layers") -> LayerSearchData:
         form = self.config.form
 
-        @cache
         def mlp(layer: int) -> nn.Module:
             if form != "condense":
                 return Trimmed()
@@ -150,11 +161,14 @@ class PlanSearch:
             stream=self.stream,
             candidates=sorted(experts),
             condense=condense,
-            comparison=compare_outputs(self.config.metric, self.config.compare, self.stream, self.token_weights),
+            comparison=compare_outputs(
+                self.config.metric, self.config.compare, self.stream, self.token_weights, self.calibration.num_samples
+            ),
             own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items() if order.scores},
             token_weights=self.token_weights,
             cache_bytes=self.config.cache_bytes,
             entering=entering,
+            processes=self.processes,
             known=self.state,
             name=name,
         )
@@ -171,11 +185,12 @@ class PlanSearch:
         data = SparseLayerData(
             block=block,
             calls=calls,
-            gates=GATES[self.config.gates](calls, block.num_experts),
+            gates=GATES[self.config.gates](calls, block.num_experts, self.processes),
             metric=layer_metric(self.config.metric),
             finish=self.stream.finish if is_last else as_it_is,
             cache_bytes=self.config.cache_bytes,
             seed=self.config.seed,
+            processes=self.processes,
         )
         return data, outputs
 

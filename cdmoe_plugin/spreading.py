@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .budget import LayerBudget
 from .selection.layer_data import ExpertOrder
-from .selection.layers import scores_along
+from .selection.layers import scores_alone, scores_along
 from .selection.spread import estimated_effects, spread
 
 if TYPE_CHECKING:
@@ -60,16 +60,16 @@ def spread_budget(
     """
     uniform = uniformly(budget, {layer: experts[layer] for layer in layers})
     if alone is None or scores is None:
-        path = search.path(uniform)
-        alone = {layer: path.score(layer) for layer in layers} if alone is None else alone
-        scores = scores_along(path, layers) if scores is None else scores
+        model = search.variants(uniform)
+        alone = scores_alone(model, layers) if alone is None else alone
+        scores = scores_along(model, layers) if scores is None else scores
     numbers = {layer: len(order.experts) for layer, (order, _) in uniform.items()}
     own = {layer: experts[layer][0].scores for layer in layers}
     kept = spread(estimated_effects(alone, own, numbers), budget.costs, budget.amount)
     if kept == numbers:
         return Spread(uniform, scores)
     chosen = {layer: keep_first(experts[layer], number) for layer, number in kept.items()}
-    measured = scores_along(search.path(chosen, "spread"), layers)
+    measured = scores_along(search.variants(chosen, "spread"), layers)
     better = measured[-1] < scores[-1]
     logger.info(
         f"Experts by layer {kept}: divergence {measured[-1]:.3e}, against {scores[-1]:.3e} with {budget.uniform} in "

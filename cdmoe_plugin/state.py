@@ -13,7 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import CondenseConfig
+from .offload import weight_of
 from .plan import read_json, write_json
+from .processes import Processes
 
 VERSION = 1
 FILE = "search_state.json"
@@ -27,20 +29,25 @@ class SearchState(MutableMapping[str, Any]):
     Args:
         folder (`str` or `os.PathLike`, *optional*): Where the file lies; None keeps nothing on disk.
         fingerprint (`dict[str, str]`): What the results belong to, see `fingerprint`.
+        processes (`Processes`): Who works on the search. The main process alone reads and writes the file.
 
     Raises:
         ValueError: if the folder holds the state of another search (naming what differs), or no valid state.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, fingerprint: dict[str, str]) -> None:
-        self.path = None if folder is None else Path(folder) / FILE
+    def __init__(
+        self, folder: str | os.PathLike | None, fingerprint: dict[str, str], processes: Processes | None = None
+    ) -> None:
+        processes = Processes() if processes is None else processes
+        self.path = Path(folder) / FILE if folder is not None and processes.is_main else None
         self.fingerprint = fingerprint
         self.results: dict[str, Any] = {}
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self.results = self._read(self.path)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.results = self._read(self.path)
+        # All go on from the same place.
+        self.results = processes.agreed(self.results)
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -86,7 +93,7 @@ def fingerprint(model: PreTrainedModel, config: CondenseConfig, calibration: str
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.state_dict().items():
-        flat = weight.detach().reshape(-1)
+        flat = weight_of(model, name, weight.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -138,15 +139,13 @@ def test_perplexities() -> None:
 def test_ties_go_to_the_lower_index(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {1: 3.0, 2: 1.0 + 3e-7, 4: 1.0, 5: 2.0, 7: 1.0 - 3e-7}
 
-    class FakePath:
+    class Additive:
         def __init__(self, _data: Any) -> None: ...
 
-        def score(self, layer: int) -> float:
-            return scores[layer]
+        def divergences(self, variants: Iterable[frozenset[int]], _tick: Any) -> dict[frozenset[int], float]:
+            return {variant: sum(scores[layer] for layer in variant) for variant in variants}
 
-        def choose(self, layer: int) -> None: ...
-
-    monkeypatch.setattr(layer_room, "ModelPath", FakePath)
+    monkeypatch.setattr(layer_room, "ModelVariants", Additive)
     data = SimpleNamespace(candidates=list(scores), own_divergences=scores)
     assert LAYER_SELECTIONS[selection](data, 4).layers == [2, 4, 7, 5]
 

@@ -14,6 +14,7 @@ from ..condensed import fold, standing_in
 from ..config import CondenseConfig
 from ..layerwise import LayerStream, State, searching
 from ..modeling_cdmoe import CondensedMLP
+from ..offload import offload_like
 from ..plan import CondensedLayer
 from ..selection import lookup
 from ..sparse import SparseBlock
@@ -83,28 +84,33 @@ def refit_layers(
         stream = LayerStream(model, blocks[0].path.rsplit(".", 2)[0], calibration.batches)
         condensed = original = list(stream.embeddings)
         for layer in logging.tqdm(range(max(chosen) + 1), desc="Refit", unit="layer"):
-            alike = condensed is original
-            needs_original = config.refit_target == "model" or alike
-            outputs = _run(stream, layer, original) if needs_original else original
+            with stream.in_memory(layer):
+                alike = condensed is original
+                needs_original = config.refit_target == "model" or alike
+                outputs = _run(stream, layer, original) if needs_original else original
+                if layer in chosen:
+                    block = by_layer[layer]
+                    mlp = fold(block, chosen[layer].experts, chosen[layer].gates)
+                    goals: list[Tensor] | None = None
+                    if config.refit_target == "model":
+                        goals = [state[0] for state in outputs]
+                    examples = LayerExamples(stream, block, condensed, goals, config.cache_bytes)
+                    fits[layer] = method(mlp, examples, config.refit_steps)
+                    mlps[layer] = mlp
+                    logger.info(
+                        f"Decoder layer {layer}: held-out error {fits[layer].before:.3g} -> {fits[layer].after:.3g}"
+                    )
+                    with standing_in(model, block, mlp):
+                        condensed = _run(stream, layer, condensed)
+                else:
+                    condensed = outputs if alike else _run(stream, layer, condensed)
             if layer in chosen:
-                block = by_layer[layer]
-                mlp = fold(block, chosen[layer].experts, chosen[layer].gates)
-                goals: list[Tensor] | None = None
-                if config.refit_target == "model":
-                    goals = [state[0] for state in outputs]
-                examples = LayerExamples(stream, block, condensed, goals, config.cache_bytes)
-                fits[layer] = method(mlp, examples, config.refit_steps)
-                mlps[layer] = mlp
-                logger.info(
-                    f"Decoder layer {layer}: held-out error {fits[layer].before:.3g} -> {fits[layer].after:.3g}"
-                )
-                with standing_in(model, block, mlp):
-                    condensed = _run(stream, layer, condensed)
-            else:
-                condensed = outputs if alike else _run(stream, layer, condensed)
+                offload_like(mlps[layer], by_layer[layer].module, f"condensed-{layer}")
             original = outputs  # as it was, where the unmodified model is no longer followed
     return mlps, fits
 
 
 def _run(stream: LayerStream, layer: int, states: list[State]) -> list[State]:
-    return [stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+    outputs = [stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+    stream.check_finite()
+    return outputs

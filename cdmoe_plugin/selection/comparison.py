@@ -22,18 +22,21 @@ class LayerComparison:
 
     def __init__(self, data: SparseLayerData) -> None:
         self.data = data
-        self.chunks = [chunk for call in data.calls for chunk in _split(call, data)]
-        self.gates = data.gates.to(self.chunks[0].base.device, torch.float32)[:, None, None]
+        self.calls = [list(_split(call, data)) for call in data.calls]
+        self.gates = data.gates.to(data.block.device, torch.float32)[:, None, None]
         left = data.cache_bytes
-        for chunk in self.chunks:
+        for chunk in self._chunks():
             size = chunk.inputs.numel() * chunk.inputs.element_size() * data.block.num_experts
             chunk.cached = size <= left
             left -= size if chunk.cached else 0
 
     def keep(self, expert: int) -> None:
         """Adds an expert for good."""
-        for chunk in self.chunks:
+        for chunk in self._chunks():
             chunk.pending.append(expert)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        return (chunk for chunks in self.calls for chunk in chunks)
 
     def without(self) -> float:
         """Divergence with the shared expert alone; to be asked before any expert is kept."""
@@ -64,17 +67,20 @@ class LayerComparison:
 
     @torch.no_grad()
     def _total(self, candidates: Callable[[_Chunk, slice], Tensor]) -> list[float]:
-        total: Tensor | float = 0.0
-        for chunk in self.chunks:
+        """Sums over the tokens of all calls. Nothing here waits for the device before all is computed."""
+        return self.data.processes.total([self._of_call(chunks, candidates) for chunks in self.calls]).tolist()
+
+    def _of_call(self, chunks: Sequence[_Chunk], candidates: Callable[[_Chunk, slice], Tensor]) -> Tensor:
+        parts = []
+        for chunk in chunks:
             for rows in chunk.windows():
                 y = candidates(chunk, rows)
                 divergence = self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
-                total = total + divergence.double() @ chunk.token_weights[rows].double()
+                parts.append(divergence.double() @ chunk.token_weights[rows].double())
             if not chunk.cached:
                 chunk.outputs = None
             chunk.sums = None
-        assert isinstance(total, Tensor)
-        return total.tolist()
+        return torch.stack(parts).sum(0)
 
     def _outputs(self, chunk: _Chunk) -> Tensor:
         if chunk.outputs is None:

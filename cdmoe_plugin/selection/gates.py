@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 
 from ..playback import LayerCall
+from ..processes import Processes
 
 
-def mean_gates(calls: Sequence[LayerCall], num_experts: int) -> Tensor:
+def mean_gates(calls: Sequence[LayerCall], num_experts: int, processes: Processes) -> Tensor:
     """Mean router weight of each expert over the tokens that chose it (CD-MoE, Eq. 2).
 
     Args:
-        calls: A sparse layer on all calibration tokens; padding is in none of them.
+        calls: A sparse layer on this process's calibration batches; padding is in none of them.
         num_experts (`int`): Routed experts N of the layer.
+        processes (`Processes`): Who has the other batches.
 
     Returns:
         `Tensor`: float64 `[N]`; NaN for an expert that no token chose, which has no mean and is no candidate.
     """
-    sums = torch.zeros(num_experts, dtype=torch.float64)
-    counts = torch.zeros(num_experts, dtype=torch.float64)
+    parts = []
     for call in calls:
         experts = call.routing.experts.flatten().cpu()
         weights = call.routing.weights.flatten().cpu().double()
-        sums.index_add_(0, experts, weights)
-        counts.index_add_(0, experts, torch.ones_like(weights))
-    return sums / counts
+        sums = torch.zeros(2, num_experts, dtype=torch.float64)
+        sums.index_add_(1, experts, torch.stack([weights, torch.ones_like(weights)]))
+        parts.append(sums)
+    total, counts = processes.total(parts).cpu()
+    return total / counts
 
 
-GATES: dict[str, Callable[[Sequence[LayerCall], int], Tensor]] = {"mean": mean_gates}
+GATES: dict[str, Callable[[Sequence[LayerCall], int, Processes], Tensor]] = {"mean": mean_gates}

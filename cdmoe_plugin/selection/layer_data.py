@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..playback import LayerCall
+from ..processes import Processes
 from ..sparse import SparseBlock
 
 
@@ -23,13 +24,14 @@ class SparseLayerData:
 
     Args:
         block (`SparseBlock`): The sparse block.
-        calls (`list[LayerCall]`): The layer on all calibration batches.
+        calls (`list[LayerCall]`): The layer on this process's calibration batches.
         gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
         metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
         finish (`Callable`): What the model does to the layer's output before it is compared: nothing (`as_it_is`), but
             the final norm for the last decoder layer (as in the published code).
         cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
         seed (`int`): Seed of every random choice.
+        processes (`Processes`): Who has the other batches; sums go over all of them.
     """
 
     block: SparseBlock
@@ -39,6 +41,7 @@ class SparseLayerData:
     finish: Callable[[Tensor], Tensor]
     cache_bytes: int
     seed: int = 0
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def candidates(self) -> list[int]:

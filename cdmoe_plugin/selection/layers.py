@@ -6,7 +6,7 @@ so that their plans can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch.nn.functional import cosine_similarity
@@ -14,7 +14,9 @@ from transformers.utils import logging
 
 from ..layerwise import State
 from . import ascending, least
-from .path import LayerSearchData, ModelPath
+from .path import LayerSearchData, ModelVariants
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,18 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     Outputs are compared with the unmodified model's. Ties go to the lower index.
     """
     order = LayerOrder([], [])
-    path = ModelPath(data)
-    steps = sum(len(data.candidates) - i for i in range(num_layers))
-    with logging.tqdm(total=steps, desc="Layer search", unit="candidate") as progress:
+    model = ModelVariants(data)
+    with logging.tqdm(total=num_layers, desc="Layer search", unit="round") as progress:
         for _ in range(num_layers):
-            scores = {}
-            for layer in data.candidates:
-                if layer in order.layers:
-                    continue
-                scores[layer] = path.score(layer)
-                progress.update()
+            chosen = frozenset(order.layers)
+            left = {layer: chosen | {layer} for layer in data.candidates if layer not in chosen}
+            found = model.divergences(left.values(), progress.update)
+            scores = {layer: found[variant] for layer, variant in left.items()}
             best = least(scores)
             order.layers.append(best)
             order.scores.append(scores[best])
             order.rounds.append(scores)
-            if len(order.layers) < num_layers:
-                path.choose(best)
+            logger.info(f"Layer search: decoder layer {best} is condensed next, divergence {scores[best]:.3e}.")
     return order
 
 
@@ -66,11 +64,10 @@ def global_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
 
     "Global Layer Comparison" in CD-MoE, section 4.4. Ranked once, ties to the lower index.
     """
-    path = ModelPath(data)
-    with logging.tqdm(data.candidates, desc="Layer search", unit="candidate") as candidates:
-        alone = {layer: path.score(layer) for layer in candidates}
+    model = ModelVariants(data)
+    alone = scores_alone(model, data.candidates)
     layers = ascending(alone)[:num_layers]
-    return LayerOrder(layers, scores_along(path, layers), [alone])
+    return LayerOrder(layers, scores_along(model, layers), [alone])
 
 
 def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
@@ -82,26 +79,28 @@ def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     similarities: dict[int, float] = {}
     states = list(data.stream.embeddings)
     for layer in logging.tqdm(range(max(data.candidates) + 1), desc="Layer similarities", unit="layer"):
-        outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
-        if layer in data.candidates:
-            name = f"similarity {layer}"
-            if name not in data.known:
-                data.known[name] = _similarity(data, layer, states, outputs)
-            similarities[layer] = data.known[name]
+        with data.stream.in_memory(layer):
+            outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
+            data.stream.check_finite()
+            if layer in data.candidates:
+                name = f"similarity {layer}"
+                if name not in data.known:
+                    data.known[name] = _similarity(data, layer, states, outputs)
+                similarities[layer] = data.known[name]
         states = outputs
     order = ascending({layer: -similarity for layer, similarity in similarities.items()})[:num_layers]
     return LayerOrder(order, [], similarities=similarities)
 
 
 def _similarity(data: LayerSearchData, layer: int, states: list[State], outputs: list[State]) -> float:
-    total = 0.0
+    parts = []
     for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
         leaving = output[0].flatten(2)  # a few architectures have several residual streams
         entering = data.entering(layer, state, batch).flatten(2)
         valid = data.stream.valid(batch).to(leaving.device)
         cosines = cosine_similarity(entering[valid].double(), leaving[valid].double(), dim=-1)
-        total += float(cosines @ data.token_weights[batch].to(cosines))
-    return total
+        parts.append(cosines @ data.token_weights[batch].to(cosines))
+    return float(data.processes.total(parts))
 
 
 def local_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
@@ -111,7 +110,7 @@ def local_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     `compare` says does not matter for it. Ranked once, ties to the lower index.
     """
     layers = ascending({layer: data.own_divergences[layer] for layer in data.candidates})[:num_layers]
-    return LayerOrder(layers, scores_along(ModelPath(data), layers))
+    return LayerOrder(layers, scores_along(ModelVariants(data), layers))
 
 
 LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
@@ -122,11 +121,17 @@ LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
 }
 
 
-def scores_along(path: ModelPath, layers: list[int]) -> list[float]:
+def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float]:
+    """Divergence of the model's output when each of these layers is condensed alone."""
+    variants = {layer: frozenset({layer}) for layer in layers}
+    with logging.tqdm(total=1, desc="Layers alone", unit="round") as progress:
+        found = model.divergences(variants.values(), progress.update)
+    return {layer: found[variant] for layer, variant in variants.items()}
+
+
+def scores_along(model: ModelVariants, layers: Sequence[int]) -> list[float]:
     """Divergences of the model's output along an order that is known."""
-    scores = []
-    for layer in layers:
-        scores.append(path.score(layer))
-        if len(scores) < len(layers):
-            path.choose(layer)
-    return scores
+    variants = [frozenset(layers[: number + 1]) for number in range(len(layers))]
+    with logging.tqdm(total=1, desc="Layers in order", unit="round") as progress:
+        found = model.divergences(variants, progress.update)
+    return [found[variant] for variant in variants]

@@ -21,8 +21,8 @@ class OutputComparison(Protocol):
     def output(self, last: Tensor, batch: int) -> Tensor:
         """What is compared, from the last hidden state `[B, S, H]` (after the final norm) of a batch."""
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> float:
-        """A batch's share of the distance between two outputs; the distance is the sum over the batches."""
+    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
+        """A batch's share of the distance between two outputs, float64 `[]`; the distance is the sum over batches."""
 
 
 class TokenComparison:
@@ -52,12 +52,12 @@ class TokenComparison:
         output = self.select(self.stream, last, batch)
         return output[self.stream.valid(batch).to(output.device)]
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> float:
+    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
         weights = self.token_weights[batch].to(output.device, torch.float64)
         # Logits are as wide as the vocabulary: a few rows at a time.
         rows = max(1, 2**24 // target.shape[-1])
         parts = [self.metric(t, o) for t, o in zip(target.split(rows), output.split(rows), strict=True)]
-        return float(torch.cat(parts).double() @ weights)
+        return torch.cat(parts).double() @ weights
 
 
 class PerplexityComparison:
@@ -65,19 +65,20 @@ class PerplexityComparison:
 
     Args:
         stream (`LayerStream`): The model, with a language-modelling head.
+        num_sequences (`int`): Calibration sequences, those of other processes included.
     """
 
-    def __init__(self, stream: LayerStream) -> None:
+    def __init__(self, stream: LayerStream, num_sequences: int) -> None:
         self.stream = stream
-        self.num_sequences = sum(len(batch.input_ids) for batch in stream.batches)
+        self.num_sequences = num_sequences
 
     def output(self, last: Tensor, batch: int) -> Tensor:
         """Perplexity of each sequence, float64 `[B]`."""
         tokens = self.stream.batches[batch]
         return perplexities(self.stream.logits(last, batch), tokens.input_ids, tokens.attention_mask)
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> float:
-        return float((output - target).abs().sum()) / self.num_sequences
+    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
+        return (output - target).abs().sum() / self.num_sequences
 
 
 def last_hidden(_stream: LayerStream, last: Tensor, _batch: int) -> Tensor:
@@ -93,7 +94,7 @@ def logits(stream: LayerStream, last: Tensor, batch: int) -> Tensor:
 COMPARE: dict[str, Callable[[LayerStream, Tensor, int], Tensor]] = {"hidden": last_hidden, "logits": logits}
 
 # Metrics that are no mean over tokens, and that only the output of the whole model has.
-MODEL_METRICS: dict[str, Callable[[LayerStream], OutputComparison]] = {"ppl": PerplexityComparison}
+MODEL_METRICS: dict[str, Callable[[LayerStream, int], OutputComparison]] = {"ppl": PerplexityComparison}
 
 
 def all_metrics() -> Mapping[str, object]:
@@ -106,10 +107,12 @@ def layer_metric(name: str) -> TokenMetric:
     return js_divergence if name in MODEL_METRICS else lookup(METRICS, name, "metric")
 
 
-def compare_outputs(metric: str, compare: str, stream: LayerStream, token_weights: list[Tensor]) -> OutputComparison:
+def compare_outputs(
+    metric: str, compare: str, stream: LayerStream, token_weights: list[Tensor], num_sequences: int
+) -> OutputComparison:
     """The comparison that a config's `metric` and `compare` mean; perplexity goes by the model's head in any case."""
     if metric in MODEL_METRICS:
-        return MODEL_METRICS[metric](stream)
+        return MODEL_METRICS[metric](stream, num_sequences)
     return TokenComparison(stream, token_weights, lookup(METRICS, metric, "metric"), COMPARE[compare])
 
 

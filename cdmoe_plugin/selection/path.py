@@ -1,19 +1,24 @@
-"""The model as layers are condensed one after the other, and how far its output moves."""
+"""The model with some layers condensed, and how far its output moves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..layerwise import LayerStream, State
+from ..processes import Processes
 from .outputs import OutputComparison
 
 # What a candidate layer does while it stands condensed in the model.
 Condense = Callable[[int], AbstractContextManager[None]]
+# The decoder layers that are condensed in one variant of the model.
+Condensed = frozenset[int]
 
 
 @dataclass
@@ -27,10 +32,11 @@ class LayerSearchData:
         comparison (`OutputComparison`): How far two outputs of the model are apart.
         own_divergences (`dict[int, float]`): Divergence of each candidate's own output once it is condensed, as the
             expert search measured it.
-        cache_bytes (`int`): Memory for hidden states that are kept at layer boundaries.
+        cache_bytes (`int`): Memory for hidden states of variants of the model that run side by side.
         token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
         entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
             is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
+        processes (`Processes`): Who else works on this search.
         known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
         name (`str`): How their names begin there.
     """
@@ -43,84 +49,110 @@ class LayerSearchData:
     cache_bytes: int
     token_weights: list[Tensor]
     entering: Callable[[int, State, int], Tensor]
+    processes: Processes = field(default_factory=Processes)
     known: MutableMapping[str, float] = field(default_factory=dict)
     name: str = "layers"
 
 
-class ModelPath:
-    """The best model so far as hidden states at layer boundaries, as many of them as the memory budget allows."""
+class ModelVariants:
+    """The model with different sets of layers condensed, all run side by side, one decoder layer after the other.
+
+    Variants that are alike up to some layer are one up to there: they share its hidden states. Each layer's weights
+    are needed once for all variants, which is what counts where they come from disk.
+    """
 
     def __init__(self, data: LayerSearchData) -> None:
         self.data = data
-        self.chosen: list[int] = []
-        stream = data.stream
-        bytes_per_boundary = sum(s[0].numel() * s[0].element_size() for s in stream.embeddings)
-        kept = max(1, data.cache_bytes // bytes_per_boundary)
-        # Boundary 0 costs nothing: it is the embeddings, which the stream holds anyway.
-        self.stride = max(1, -(-len(stream) // kept))
-        self.boundaries: list[dict[int, State]] = [{0: state} for state in stream.embeddings]
-        self._fill(0)
-        self.target = [self._output(batch, *self._nearest(batch, len(stream))) for batch in self._batches()]
+        self.target: list[Tensor] | None = None
 
-    def score(self, layer: int) -> float:
-        """How far the output is from the unmodified model's with one more layer condensed.
+    def divergences(
+        self, variants: Iterable[Condensed], tick: Callable[[float], object] = float
+    ) -> dict[Condensed, float]:
+        """How far the output of each variant is from the unmodified model's.
 
-        A candidate is run from the boundary just below it, where nothing differs yet from the best model so far.
+        Args:
+            variants (`Iterable[frozenset[int]]`): The condensed layers of each.
+            tick (`Callable`): Told what part of the work is done, as it is done; the parts add up to 1.
 
         Raises:
-            ValueError: naming the layer, if that is not finite.
+            ValueError: naming the layers, if one is not finite.
         """
-        name = " ".join(map(str, [self.data.name, *self.chosen, layer]))
-        if name not in self.data.known:
-            self.data.known[name] = _finite(self._distance(layer), layer)
-        return self.data.known[name]
+        variants = list(variants)
+        known = self.data.known
+        missing = [variant for variant in variants if self._name(variant) not in known]
+        if missing:
+            found = self._measure(missing, tick)
+            for variant, divergence in found.items():
+                _check_finite(divergence, variant)
+            known.update({self._name(variant): divergence for variant, divergence in found.items()})
+        else:
+            tick(1.0)
+        return {variant: known[self._name(variant)] for variant in variants}
 
-    def choose(self, layer: int) -> None:
-        """Condenses a layer for good: all boundaries above it change."""
-        self.chosen.append(layer)
-        for kept in self.boundaries:
-            for boundary in [b for b in kept if b > layer]:
-                del kept[boundary]
-        self._fill(layer)
+    def _name(self, variant: Condensed) -> str:
+        return " ".join(map(str, [self.data.name, *sorted(variant)]))
 
-    def _distance(self, layer: int) -> float:
-        total = 0.0
-        for batch in self._batches():
-            output = self._output(batch, *self._nearest(batch, layer), extra=layer)
-            total += self.data.comparison.distance(self.target[batch], output, batch)
-        return total
+    def _measure(self, variants: Sequence[Condensed], tick: Callable[[float], object]) -> dict[Condensed, float]:
+        if self.target is None:
+            self.target = [output for [output] in self._outputs([frozenset()], lambda _part: None)]
+        distances = []
+        for batch, outputs in enumerate(self._outputs(variants, tick)):
+            apart = [self.data.comparison.distance(self.target[batch], output, batch) for output in outputs]
+            distances.append(torch.stack(apart))
+        return dict(zip(variants, self.data.processes.total(distances).tolist(), strict=True))
 
-    def _fill(self, start: int) -> None:
-        for batch in self._batches():
-            for boundary, state in self._run(batch, *self._nearest(batch, start)):
-                if boundary % self.stride == 0:
-                    self.boundaries[batch][boundary] = state
+    def _outputs(self, variants: Sequence[Condensed], tick: Callable[[float], object]) -> Iterable[list[Tensor]]:
+        """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
+        stream = self.data.stream
+        size = max(sum(s[0].numel() * s[0].element_size() for s in stream.embeddings) // len(stream.embeddings), 1)
+        together = max(1, self.data.cache_bytes // (size * (len(variants) + 1)))
+        for start in range(0, len(stream.batches), together):
+            batches = range(len(stream.batches))[start : start + together]
+            share = len(batches) / len(stream.batches)
+            states = self._run(variants, batches, partial(_tick_share, tick, share))
+            for batch in batches:
+                last = [states[variant][batch] for variant in variants]
+                yield [self.data.comparison.output(stream.finish(state[0]), batch) for state in last]
 
-    def _nearest(self, batch: int, boundary: int) -> tuple[int, State]:
-        start = max(b for b in self.boundaries[batch] if b <= boundary)
-        return start, self.boundaries[batch][start]
+    def _run(
+        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[float], object]
+    ) -> dict[Condensed, dict[int, State]]:
+        """The last layer's output of every variant, by batch."""
+        stream = self.data.stream
+        # By what is condensed so far: all variants begin as one.
+        states: dict[Condensed, dict[int, State]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
+        for layer in range(len(stream)):
+            wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
+            after: dict[Condensed, dict[int, State]] = {}
+            with stream.in_memory(layer):
+                condensed = [done for done in wanted if layer in done]
+                if condensed:
+                    with self.data.condense(layer):
+                        for done in condensed:
+                            after[done] = _ran(stream, layer, states[done - {layer}])
+                for done in wanted.difference(condensed):
+                    after[done] = _ran(stream, layer, states.pop(done), in_place=True)
+            states = after
+            tick(1 / len(stream))
+        stream.check_finite()
+        return states
 
-    def _run(self, batch: int, start: int, state: State, extra: int | None = None) -> Iterator[tuple[int, State]]:
-        """The boundaries above `start`, one after the other."""
-        for layer in range(start, len(self.data.stream)):
-            condensed = layer in self.chosen or layer == extra
-            with self.data.condense(layer) if condensed else nullcontext():
-                state = self.data.stream.run_layer(layer, state, batch)
-            yield layer + 1, state
 
-    def _output(self, batch: int, start: int, state: State, extra: int | None = None) -> Tensor:
-        for _boundary, after in self._run(batch, start, state, extra):
-            state = after
-        return self.data.comparison.output(self.data.stream.finish(state[0]), batch)
-
-    def _batches(self) -> range:
-        return range(len(self.data.stream.batches))
+def _tick_share(tick: Callable[[float], object], share: float, part: float) -> None:
+    tick(part * share)
 
 
-def _finite(divergence: float, layer: int) -> float:
+def _ran(stream: LayerStream, layer: int, states: dict[int, State], in_place: bool = False) -> dict[int, State]:
+    """A layer's output for its inputs by batch, which it replaces one by one where they are not needed any more."""
+    outputs = states if in_place else dict(states)
+    for batch, state in states.items():
+        outputs[batch] = stream.run_layer(layer, state, batch)
+    return outputs
+
+
+def _check_finite(divergence: float, condensed: Condensed) -> None:
     if not math.isfinite(divergence):
         raise ValueError(
-            f"With decoder layer {layer} condensed, the divergence of the model's output is {divergence}: the output "
-            "contains NaN or infinity. Check the checkpoint, and try dtype='float32'."
+            f"With decoder layers {sorted(condensed)} condensed, the divergence of the model's output is {divergence}: "
+            "the output contains NaN or infinity. Check the checkpoint, and try dtype='float32'."
         )
-    return divergence

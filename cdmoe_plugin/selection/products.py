@@ -31,14 +31,15 @@ def gram_matrix(
             the sparse block's output.
     """
     device, num = data.block.device, data.block.num_experts
-    gram = torch.zeros(num + with_rest, num + with_rest, dtype=torch.float64, device=device)
+    parts = []
     width = num * data.block.hidden_size
     size, step = (
         max(1, elements.get(device.type, elements["cpu"]) // width) for elements in (_OUTPUT_ELEMENTS, _WIDE_ELEMENTS)
     )
-    wide = torch.empty(len(gram), step, data.block.hidden_size, dtype=torch.float64, device=device)
+    wide = torch.empty(num + with_rest, step, data.block.hidden_size, dtype=torch.float64, device=device)
     for i, call in enumerate(data.calls):
         weights = call.token_weights if token_weights is None else token_weights[i]
+        gram = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=device)
         pieces = (call.inputs, call.target, weights.double().sqrt())
         for inputs, target, roots in zip(*(piece.split(size) for piece in pieces), strict=True):
             outputs = data.block.expert_outputs(inputs)
@@ -51,8 +52,9 @@ def gram_matrix(
                     torch.mul(rest[rows], roots[rows, None], out=part[num])
                 flat = part.flatten(1)
                 gram.addmm_(flat, flat.T)
-    gates = torch.cat([data.gates, data.gates.new_ones(int(with_rest))]).to(device)
-    return (gram * gates[:, None] * gates).cpu()
+        parts.append(gram)
+    gates = torch.cat([data.gates, data.gates.new_ones(int(with_rest))])
+    return data.processes.total(parts).cpu() * gates[:, None] * gates
 
 
 class SquaredErrors:

@@ -85,21 +85,22 @@ def l1_norms(data: SparseLayerData) -> Tensor:
 
 def choice_counts(data: SparseLayerData) -> Tensor:
     """How many calibration tokens chose each expert, float64 `[N]`."""
-    counts = torch.zeros(data.block.num_experts, dtype=torch.float64)
-    for call in data.calls:
-        counts += torch.bincount(call.routing.experts.flatten().cpu(), minlength=len(counts))
-    return counts
+    number = data.block.num_experts
+    counts = [torch.bincount(call.routing.experts.flatten().cpu(), minlength=number) for call in data.calls]
+    return data.processes.total(counts).cpu()
 
 
 @torch.no_grad()
 def reap_saliencies(data: SparseLayerData) -> Tensor:
     """REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
-    sums = torch.zeros(data.block.num_experts, dtype=torch.float64)
+    parts = []
     for call in data.calls:
+        sums = torch.zeros(data.block.num_experts, dtype=torch.float64)
         # Expert by expert, as only a few of all tokens chose it.
         for expert in torch.unique(call.routing.experts).tolist():
             rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
             outputs = data.block.expert_outputs(call.inputs[rows], [expert])[0]
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-            sums[expert] += float(norms @ call.routing.weights[rows, slots].double())
-    return sums / choice_counts(data)
+            sums[expert] = float(norms @ call.routing.weights[rows, slots].double())
+        parts.append(sums)
+    return data.processes.total(parts).cpu() / choice_counts(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..budget import LayerBudget
 from ..config import CondenseConfig
+from ..offload import in_memory, is_offloaded
 from ..plan import ModelShape
 from .block import SparseBlock
 from .probes import probe_block
@@ -31,7 +32,7 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
             names the model type, the layer, the class and the reason.
     """
     blocks = describe_sparse_blocks(model)
-    if blocks[0].device.type != "meta":
+    if blocks[0].device.type != "meta" or is_offloaded(blocks[0].module):
         probe_blocks(model, blocks)
     return blocks
 
@@ -50,10 +51,15 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
     for block in blocks:
         kind = (type(block.module), type(block.experts), block.num_experts, block.intermediate_size)
         if kind not in probed:
-            with _refusing(model, block.layer, block.module):
+            with _refusing(model, block.layer, block.module), _weights_of(model, block):
                 probe_block(block, router_experts or block.num_experts)
         twin = probed.setdefault(kind, block)
         block.routed_scale, block.shared_scale = twin.routed_scale, twin.shared_scale
+
+
+def _weights_of(model: PreTrainedModel, block: SparseBlock) -> AbstractContextManager[None]:
+    """Holds the decoder layer of a block in memory: its shared expert may be the layer's."""
+    return in_memory(model.base_model.get_submodule(block.path.rpartition(".")[0]))
 
 
 def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
