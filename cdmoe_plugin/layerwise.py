@@ -6,7 +6,7 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
-from .offload import in_memory, in_memory_copy
+from .offload import in_memory, in_memory_copy, is_offloaded
 from .sparse import UnsupportedModelError, patched_forward
 
 # What one decoder layer hands to the next: hidden states `[B, S, H]`, and in a few architectures more (the token choice
@@ -45,6 +45,7 @@ class LayerStream:
         self._carried: dict[str, int] = {}
         self._head: list[nn.Module] = []
         self._wide: list[nn.Module] | None = None
+        self._offloaded = [is_offloaded(self.layers[layer]) for layer in range(len(self))]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
         self._learn_form()
@@ -75,8 +76,8 @@ class LayerStream:
         raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
 
     def in_memory(self, layer: int) -> AbstractContextManager[None]:
-        """Holds the weights of a decoder layer in memory, where they are offloaded."""
-        return in_memory(self.layers[layer])
+        """Holds the weights of an offloaded decoder layer in memory: for several calls, or to read them."""
+        return in_memory(self.layers[layer]) if self._offloaded[layer] else nullcontext()
 
     @torch.no_grad()
     def call_layer(self, layer: int, state: State, batch: int) -> State:
@@ -145,7 +146,9 @@ class LayerStream:
             return state
         if len(state) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
             kwargs = kwargs | {name: state[index] for name, index in self._carried.items()}
-        output = self.layers[layer](state[0], *args, **kwargs)
+        # Once for the layer, and not by what each module in it has: Dbrx's experts read the weights of another one.
+        with self.in_memory(layer):
+            output = self.layers[layer](state[0], *args, **kwargs)
         return output if isinstance(output, tuple) else (output,)
 
     def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -195,6 +198,7 @@ class LayerStream:
 
         with ExitStack() as stack:
             for layer in self.layers:
+                stack.enter_context(patched_forward(layer, _holding(layer, layer.forward)))
                 stack.callback(layer.register_forward_hook(note_layer, with_kwargs=True).remove)
             for child in self.base.children():
                 stack.callback(child.register_forward_hook(note).remove)
@@ -226,6 +230,14 @@ class LayerStream:
                 f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
                 "pass on more than hidden states, or more than a chain of modules follows the last one."
             )
+
+
+def _holding(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def held(*args: Any, **kwargs: Any) -> Any:
+        with in_memory(module):
+            return forward(*args, **kwargs)
+
+    return held
 
 
 def _not_finite(what: str) -> str:

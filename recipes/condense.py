@@ -17,6 +17,13 @@ Apply a plan, or a smaller budget from it, without a search:
 python recipes/condense.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base \
     --plan deepseek-moe-cd9/condense_plan.json --num_layers 6 --output_dir deepseek-moe-cd6
 
+A model that is larger than memory, one decoder layer at a time; and the calibration tokens split over 8 processes:
+
+python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --output_dir deepseek-moe-cd9 \
+    --offload_folder offload --max_shard_size 1GB
+accelerate launch --num_processes 8 recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml \
+    --output_dir deepseek-moe-cd9
+
 The paper's baselines drop layers instead, chosen by similarity or in a plan's own order:
 
 python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --form trim_block \
@@ -62,7 +69,16 @@ class CondenseArguments:
         default=False, metadata={"help": "Print sizes before and after from the config alone, and stop."}
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype to load the model in, such as bfloat16."})
-    device_map: str = field(default="auto", metadata={"help": "Where to load the model: auto, cpu, cuda, ..."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "Where to load the model: auto (if unset), cpu, cuda, ..."}
+    )
+    offload_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for weights that are not in memory; without --device_map those of all decoder layers. It "
+            "needs room for the whole checkpoint, per process, and may be deleted afterwards."
+        },
+    )
     revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Size of the saved checkpoint's files, at most."})
@@ -97,6 +113,7 @@ def check_output(output_dir: str | None) -> Path:
 
 def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     """Runs the recipe; `given` holds the fields of `CondenseConfig` that were set."""
+    from accelerate import Accelerator
     from transformers import AutoTokenizer
 
     from cdmoe_plugin import CondensePlan, condense_pretrained
@@ -117,22 +134,40 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
         print(dry_run(args.model_name_or_path, plan or config, dtype=args.dtype, **hub))
         return
     output_dir = check_output(args.output_dir)
+    accelerator = Accelerator()
+    if plan is not None and accelerator.num_processes > 1:
+        raise ValueError("With `--plan` there is no search to share: run one process, without `accelerate launch`.")
     model = condense_pretrained(
         args.model_name_or_path,
         config if plan is None or config.refit else None,
         plan=plan,
         calibration=args.calibration,
         state_dir=args.state_dir,
+        accelerator=accelerator,
         dtype=args.dtype,
-        device_map=args.device_map,
+        **placement(args, accelerator),
         **hub,
     )
+    if not accelerator.is_main_process:
+        return
     model.save_pretrained(output_dir, max_shard_size=args.max_shard_size)
     model.condense_plan.save(output_dir / "condense_plan.json")  # a model with fewer layers does not bring its own
     if has_tokenizer(args.model_name_or_path):
         AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(output_dir)
     print(plan_table(model.condense_plan))
     print(f"Saved to {output_dir}: {model.num_parameters():,} parameters.")
+
+
+def placement(args: CondenseArguments, accelerator: Any) -> dict[str, Any]:
+    """What tells `from_pretrained` where the weights go."""
+    device_map: Any = args.device_map
+    if device_map is None and accelerator.num_processes > 1:
+        device_map = {"": accelerator.device}
+    if args.offload_folder is None:
+        return {"device_map": device_map or "auto"}
+    # Every process writes files of its own.
+    folder = Path(args.offload_folder) / f"process-{accelerator.process_index}"
+    return {"offload_folder": str(folder), "device_map": args.device_map}
 
 
 def has_tokenizer(name_or_path: str) -> bool:
