@@ -45,7 +45,7 @@ class LayerStream:
         self._carried: dict[str, int] = {}
         self._head: list[nn.Module] = []
         self._wide: list[nn.Module] | None = None
-        self._offloaded = [is_offloaded(self.layers[layer]) for layer in range(len(self))]
+        self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
         self._learn_form()
