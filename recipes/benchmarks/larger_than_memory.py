@@ -33,6 +33,7 @@ from transformers.utils import logging
 import cdmoe_plugin  # noqa: F401  (makes AutoConfig know "deepseek")
 from cdmoe_plugin.report import format_table
 
+INDEX = "model.safetensors.index.json"
 RECIPE = Path(__file__).parent.parent / "condense.py"
 
 
@@ -51,8 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kept", type=int, default=6, help="experts to keep in each")
     add("--samples", type=int, default=4, help="calibration samples")
     add("--length", type=int, default=64, help="tokens of each")
-    add("--keep_files", action="store_true", help="delete nothing at the end")
-    add("--in_memory", action="store_true", help="condense in memory as well, and compare plans and weights")
+    add("--keep_files", action="store_true", help="delete nothing at the end; a checkpoint that is there is used again")
     return parser.parse_args()
 
 
@@ -99,8 +99,8 @@ def write_checkpoint(args: argparse.Namespace, folder: Path, shard_bytes: int = 
         size, total = size + 2 * number, total + 2 * number
     save_shard(shards, folder)
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
     config.save_pretrained(folder)
+    (folder / INDEX).write_text(json.dumps(content), encoding="utf-8")
     return total
 
 
@@ -150,18 +150,19 @@ def bound(args: argparse.Namespace) -> dict[str, int]:
     dense = 3 * args.hidden_size * args.intermediate_size
     layer = attention + max(experts + args.experts * args.hidden_size, dense) + 2 * args.hidden_size
     tokens = args.samples * args.length
+    # The outputs of all experts are kept, and beside the unmodified model a variant of it for each candidate.
     return {
         "largest decoder layer": 2 * layer,
         "embeddings (input and output)": 2 * 2 * args.vocab_size * args.hidden_size,
-        # of the unmodified model and of one variant for each candidate
-        "hidden states": 2 * tokens * args.hidden_size * (args.layers + 1),
+        "kept hidden states": 2 * tokens * args.hidden_size * (args.experts + args.layers),
     }
 
 
 def run(args: argparse.Namespace, folder: Path, output: Path, *more: str) -> tuple[dict[str, int], float]:
     command = [sys.executable, str(RECIPE), "--model_name_or_path", str(folder / "sparse")]
     command += ["--num_layers", str(args.condensed), "--num_experts", str(args.kept), "--output_dir", str(output)]
-    command += ["--num_samples", str(args.samples), "--max_length", str(args.length), "--cache_memory", "0GB"]
+    command += ["--num_samples", str(args.samples), "--max_length", str(args.length)]
+    command += ["--cache_memory", f"{bound(args)['kept hidden states'] // 10**6 + 1}MB"]
     command += ["--calibration", str(folder / "calibration.jsonl"), "--max_shard_size", "500MB", *more]
     return watched(command, output.with_suffix(".log"))
 
@@ -181,9 +182,12 @@ def main() -> None:
     logging.set_verbosity_error()
     folder = args.folder
     start = time.perf_counter()
-    size = write_checkpoint(args, folder / "sparse")
-    write_calibration(args, folder / "calibration.jsonl")
-    print(f"Checkpoint of {size / 1e9:.1f} GB written in {time.perf_counter() - start:.0f} s.", flush=True)
+    if (folder / "sparse" / INDEX).exists():
+        size = json.loads((folder / "sparse" / INDEX).read_text())["metadata"]["total_size"]
+    else:
+        size = write_checkpoint(args, folder / "sparse")
+        write_calibration(args, folder / "calibration.jsonl")
+    print(f"Checkpoint of {size / 1e9:.1f} GB; written in {time.perf_counter() - start:.0f} s.", flush=True)
     before = program_alone(args)
     peak, seconds = run(args, folder, folder / "condensed", "--offload_folder", str(folder / "offload"))
     print((folder / "condensed.log").read_text().rsplit("\r", 1)[-1][-2000:])
