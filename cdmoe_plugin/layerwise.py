@@ -48,6 +48,7 @@ class LayerStream:
         self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
+        self._places: dict[tuple[int, torch.device], Tensor] = {}
         self._learn_form()
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
@@ -140,6 +141,14 @@ class LayerStream:
     def valid(self, batch: int) -> Tensor:
         """`[B, S]` bool: which positions of a batch are no padding."""
         return self.batches[batch].attention_mask.bool()
+
+    def tokens(self, values: Tensor, batch: int) -> Tensor:
+        """`[T, ...]` of the tokens that are no padding, for values `[B, S, ...]`; does not wait for the device."""
+        places = self._places.get((batch, values.device))
+        if places is None:
+            places = self.valid(batch).flatten().nonzero().flatten().to(values.device)
+            self._places[batch, values.device] = places
+        return values.flatten(0, 1).index_select(0, places)
 
     def _run(self, layer: int, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         if layer in self._skipped:

@@ -144,6 +144,10 @@ class AffineTail:
         """The layer's output for `y` `[..., t, H]`, the `rows` of the T tokens."""
         return torch.add(self.offset[rows], y, alpha=self.slope)
 
+    def part(self, rows: slice) -> AffineTail:
+        """The same for some of the T tokens."""
+        return AffineTail(self.offset[rows], self.slope)
+
 
 class PlaybackTail:
     """A decoder layer that does more with its block's output (a norm, several residual streams): run each time."""

@@ -4,17 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from ..playback import LayerCall
-from .layer_data import SparseLayerData
+from ..playback import AffineTail, LayerCall, Tail
+from .layer_data import SparseLayerData, as_it_is
+
+logger = logging.get_logger(__name__)
 
 # Expert outputs are computed for so many numbers at a time, and candidates compared for so many: the second is small
 # enough for a CPU's cache, and large enough for a GPU.
 _COMPUTE_ELEMENTS = 2**26
 _COMPARE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+# Devices on which a compiled comparison pays: one kernel that reads the outputs once, in place of a dozen.
+_FUSED = {"cuda"}
+
+
+def divergences(
+    metric: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
+    offset: Tensor,
+    slope: float,
+    base: Tensor,
+    outputs: Tensor,
+    gates: Tensor,
+) -> Tensor:
+    """Divergence of a layer's output with each expert added, float32 `[N, t]`.
+
+    Args:
+        metric (`Callable`): From `divergence.METRICS`.
+        target (`Tensor`): The layer's output, float32 `[t, H]`.
+        offset (`Tensor`), slope (`float`): The layer gives `offset + slope * y`, `[t, H]`.
+        base (`Tensor`): y without the expert, float32 `[t, H]`.
+        outputs (`Tensor`): Of the experts, `[N, t, H]` in the model's dtype.
+        gates (`Tensor`): float32 `[N, 1, 1]`.
+    """
+    y = torch.addcmul(base, outputs.float(), gates)
+    return metric(target, torch.add(offset, y, alpha=slope))
+
+
+@cache
+def fused_divergences() -> Callable[..., Tensor]:
+    """`divergences`, compiled for any number of tokens; as it is where the machine has no compiler for it."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+
+    compiled = torch.compile(divergences, dynamic=True)
+    works = True
+
+    def run(*args: Any) -> Tensor:
+        nonlocal works
+        if works:
+            try:
+                return compiled(*args)
+            except TorchDynamoException as error:
+                works = False
+                logger.warning(f"The comparison of experts can't be compiled here, and is slower without: {error}")
+        return divergences(*args)
+
+    return run
 
 
 class LayerComparison:
@@ -40,14 +91,20 @@ class LayerComparison:
 
     def without(self) -> float:
         """Divergence with the shared expert alone; to be asked before any expert is kept."""
-        return self._total(lambda chunk, rows: chunk.base[rows][None])[0]
+        return self._total(lambda chunk, rows: self._divergence(chunk, rows, chunk.base[rows][None]))[0]
 
     def with_each(self) -> list[float]:
         """Divergence with each expert of the layer added to the kept ones; NaN for those that are no candidates."""
 
         def added(chunk: _Chunk, rows: slice) -> Tensor:
             outputs = self._outputs(chunk)[:, rows]
-            return torch.addcmul(chunk.base[rows], outputs.float(), self.gates)
+            if isinstance(chunk.tail, AffineTail) and self.data.finish is as_it_is:
+                run = fused_divergences() if outputs.device.type in _FUSED else divergences
+                tail = chunk.tail.part(rows)
+                return run(
+                    self.data.metric, chunk.target[rows], tail.offset, tail.slope, chunk.base[rows], outputs, self.gates
+                )
+            return self._divergence(chunk, rows, torch.addcmul(chunk.base[rows], outputs.float(), self.gates))
 
         return self._total(added)
 
@@ -61,22 +118,24 @@ class LayerComparison:
             if chunk.sums is None:
                 gated = self.data.block.expert_outputs(chunk.inputs, chosen).float() * self.gates[chosen]
                 chunk.sums = torch.cat([torch.zeros_like(gated[:1]), gated.cumsum(0)])
-            return chunk.base[rows] + chunk.sums[:, rows]
+            return self._divergence(chunk, rows, chunk.base[rows] + chunk.sums[:, rows])
 
         return self._total(nested)
 
-    @torch.no_grad()
-    def _total(self, candidates: Callable[[_Chunk, slice], Tensor]) -> list[float]:
-        """Sums over the tokens of all calls. Nothing here waits for the device before all is computed."""
-        return self.data.processes.total([self._of_call(chunks, candidates) for chunks in self.calls]).tolist()
+    def _divergence(self, chunk: _Chunk, rows: slice, y: Tensor) -> Tensor:
+        """`[..., t]` for `y` `[..., t, H]` in place of what the block gives."""
+        return self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
 
-    def _of_call(self, chunks: Sequence[_Chunk], candidates: Callable[[_Chunk, slice], Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _total(self, per_token: Callable[[_Chunk, slice], Tensor]) -> list[float]:
+        """Sums over the tokens of all calls. Nothing here waits for the device before all is computed."""
+        return self.data.processes.total([self._of_call(chunks, per_token) for chunks in self.calls]).tolist()
+
+    def _of_call(self, chunks: Sequence[_Chunk], per_token: Callable[[_Chunk, slice], Tensor]) -> Tensor:
         parts = []
         for chunk in chunks:
             for rows in chunk.windows():
-                y = candidates(chunk, rows)
-                divergence = self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
-                parts.append(divergence.double() @ chunk.token_weights[rows].double())
+                parts.append(per_token(chunk, rows).double() @ chunk.token_weights[rows].double())
             if not chunk.cached:
                 chunk.outputs = None
             chunk.sums = None
@@ -98,7 +157,7 @@ class _Chunk:
     inputs: Tensor  # [t, H]
     base: Tensor  # float32 [t, H], shared expert and kept experts
     target: Tensor  # float32 [t, H'], the sparse layer's output
-    tail: Callable[[Tensor, slice], Tensor]
+    tail: Tail
     token_weights: Tensor  # float32 [t]
     step: int  # tokens to compare at once
     cached: bool = False
@@ -129,15 +188,7 @@ def _split(call: LayerCall, data: SparseLayerData) -> Iterator[_Chunk]:
             inputs=inputs,
             base=data.block.shared_output(inputs),
             target=data.finish(call.tail(call.target[rows], rows)),
-            tail=call.tail if size >= tokens else _shifted(call, start),
+            tail=call.tail.part(rows) if isinstance(call.tail, AffineTail) else call.tail,
             token_weights=call.token_weights[rows],
             step=step,
         )
-
-
-def _shifted(call: LayerCall, start: int) -> Callable[[Tensor, slice], Tensor]:
-    def tail(y: Tensor, rows: slice) -> Tensor:
-        first = start + (rows.start or 0)
-        return call.tail(y, slice(first, first + y.shape[-2]))
-
-    return tail

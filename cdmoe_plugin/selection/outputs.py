@@ -49,11 +49,10 @@ class TokenComparison:
 
     def output(self, last: Tensor, batch: int) -> Tensor:
         """`[T, H]` (or `[T, V]`) of the valid tokens."""
-        output = self.select(self.stream, last, batch)
-        return output[self.stream.valid(batch).to(output.device)]
+        return self.stream.tokens(self.select(self.stream, last, batch), batch)
 
     def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
-        weights = self.token_weights[batch].to(output.device, torch.float64)
+        weights = self.token_weights[batch].to(output.device, torch.float64, non_blocking=True)
         # Logits are as wide as the vocabulary: a few rows at a time.
         rows = max(1, 2**24 // target.shape[-1])
         parts = [self.metric(t, o) for t, o in zip(target.split(rows), output.split(rows), strict=True)]
