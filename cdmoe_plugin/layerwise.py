@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
 from .offload import in_memory, in_memory_copy, is_offloaded
 from .sparse import UnsupportedModelError, patched_forward
+
+# Tokens that several inputs of a layer may have as one batch: enough that reading its weights does not count any more.
+_TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 
 # What one decoder layer hands to the next: hidden states `[B, S, H]`, and in a few architectures more (the token choice
 # of a sparse attention that several layers share).
@@ -45,6 +49,7 @@ class LayerStream:
         self._carried: dict[str, int] = {}
         self._head: list[nn.Module] = []
         self._wide: list[nn.Module] | None = None
+        self._joinable = True
         self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
@@ -63,6 +68,38 @@ class LayerStream:
         output = self.call_layer(layer, state, batch)
         self._finite.append((layer, torch.isfinite(output[0]).all()))
         return output
+
+    def run_together(self, layer: int, states: Sequence[State], batch: int) -> list[State]:
+        """`run_layer` on several inputs for one batch, as one larger batch where the layers allow that.
+
+        A layer's weights are then read once for all of them, which counts where there are few tokens.
+        """
+        rows, length = states[0][0].shape[:2]
+        limit = _TOGETHER_TOKENS.get(states[0][0].device.type, _TOGETHER_TOKENS["cpu"])
+        most = max(1, limit // (rows * length)) if self._joinable else 1
+        outputs: list[State] = []
+        for start in range(0, len(states), most):
+            some = states[start : start + most]
+            if len(some) == 1:
+                outputs.append(self.run_layer(layer, some[0], batch))
+            else:
+                joined = self._run_joined(layer, some, *self._calls[batch][layer])
+                self._finite += [(layer, torch.isfinite(state[0]).all()) for state in joined]
+                outputs += joined
+        return outputs
+
+    @torch.no_grad()
+    def _run_joined(
+        self, layer: int, states: Sequence[State], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[State]:
+        number, rows = len(states), states[0][0].shape[0]
+        joined = tuple(
+            torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*states, strict=True)
+        )
+        args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
+        output = self._run(layer, joined, args, kwargs)
+        parts = [part.chunk(number) if isinstance(part, Tensor) else (part,) * number for part in output]
+        return list(zip(*parts, strict=True))
 
     def check_finite(self) -> None:
         """Checks what all layers gave since the last check. It waits for the device, so layers do not do it themselves.
@@ -227,7 +264,9 @@ class LayerStream:
         calls, state = self._capture(batch)
         with torch.no_grad():
             for layer, call in enumerate(calls):
-                state = self._run(layer, state, *call)
+                with self.in_memory(layer):
+                    before, state = state, self._run(layer, state, *call)
+                    self._joinable = self._joinable and self._joins(layer, before, state, call)
                 self._finite.append((layer, torch.isfinite(state[0]).all()))
         self.check_finite()
         again = self.finish(state[0])
@@ -239,6 +278,28 @@ class LayerStream:
                 f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
                 "pass on more than hidden states, or more than a chain of modules follows the last one."
             )
+
+    def _joins(self, layer: int, state: State, output: State, call: tuple[Any, Any]) -> bool:
+        """Whether a layer gives, for an input and a smaller one as one batch, what it gives for each."""
+        small = (state[0] / 2, *state[1:])
+        try:
+            joined = self._run_joined(layer, [state, small], *call)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return False
+        alone = self._run(layer, small, *call)
+        tolerance = 8 * torch.finfo(output[0].dtype).eps
+        return all(
+            one[0].shape == two[0].shape
+            and torch.allclose(one[0], two[0], rtol=tolerance, atol=tolerance * float(two[0].abs().max()))
+            for one, two in zip(joined, (output, alone), strict=True)
+        )
+
+
+def _repeated(value: Any, rows: int, number: int) -> Any:
+    """An argument of a layer for `number` batches as one; what has one row serves for all of them."""
+    if not isinstance(value, Tensor) or rows == 1 or value.ndim == 0 or value.shape[0] != rows:
+        return value
+    return value.repeat(number, *[1] * (value.ndim - 1))
 
 
 def _holding(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,11 @@ class SearchState(MutableMapping[str, Any]):
         return self.results[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.results[name] = value
+        self.update({name: value})
+
+    def update(self, results: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Keeps several results at once: all of them, or none if it is interrupted."""
+        self.results.update(results)
         if self.path is not None:
             write_json(self.path, {"version": VERSION, "fingerprint": self.fingerprint, "results": self.results})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none should wait for it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core to other tests
 
 import pytest
 import torch
@@ -170,6 +171,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     class Watched:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self) -> Watched:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
 
         def keys(self) -> list[str]:
             return self.file.keys()

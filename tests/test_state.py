@@ -22,31 +22,31 @@ class Interrupted(Exception):
 
 
 def interrupting(after: int) -> Callable[..., None]:
-    """`SearchState.__setitem__` that fails once `after` results have come in."""
-    write, left = SearchState.__setitem__, [after]
+    """`SearchState.update` that fails once results have come in `after` times."""
+    write, left = SearchState.update, [after]
 
-    def set_item(self: SearchState, name: str, value: Any) -> None:
+    def update(self: SearchState, results: dict[str, Any]) -> None:
         if left[0] == 0:
             raise Interrupted
         left[0] -= 1
-        write(self, name, value)
+        write(self, results)
 
-    return set_item
+    return update
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 6, 7])
-def test_resumes_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+# Three layers of experts, then a round of three candidates and one of two.
+@pytest.mark.parametrize(("after", "number"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 6)])
+def test_resumes_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, number: int) -> None:
     model = tiny_model("qwen2_moe")
     unbroken = search_plan(model, CONFIG, calibration=IDS)
     with monkeypatch.context() as patch:
-        patch.setattr(SearchState, "__setitem__", interrupting(after))
+        patch.setattr(SearchState, "update", interrupting(after))
         with pytest.raises(Interrupted):
             search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
     done = json.loads((tmp_path / FILE).read_text())["results"] if after else {}
-    assert len(done) == after
+    assert len(done) == number
     with monkeypatch.context() as patch:
-        # Three layers of experts, then three and two candidates: what is done must not be done again.
-        patch.setattr(SearchState, "__setitem__", interrupting(8 - after))
+        patch.setattr(SearchState, "update", interrupting(5 - after))  # nothing is done again
         assert search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path) == unbroken
 
 

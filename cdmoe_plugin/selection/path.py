@@ -123,16 +123,16 @@ class ModelVariants:
         states: dict[Condensed, dict[int, State]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
         for layer in range(len(stream)):
             wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
-            after: dict[Condensed, dict[int, State]] = {}
+            condensed = sorted((done for done in wanted if layer in done), key=sorted)
+            sparse = sorted(wanted.difference(condensed), key=sorted)
+            after: list[dict[int, State]] = []
             with stream.in_memory(layer):
-                condensed = [done for done in wanted if layer in done]
                 if condensed:
                     with self.data.condense(layer):
-                        for done in condensed:
-                            after[done] = _ran(stream, layer, states[done - {layer}])
-                for done in wanted.difference(condensed):
-                    after[done] = _ran(stream, layer, states.pop(done), in_place=True)
-            states = after
+                        after = _ran(stream, layer, [states[done - {layer}] for done in condensed])
+                states = {done: states[done] for done in sparse}
+                _ran(stream, layer, list(states.values()), in_place=True)
+            states.update(zip(condensed, after, strict=True))
             tick(1 / len(stream))
         stream.check_finite()
         return states
@@ -142,12 +142,16 @@ def _tick_share(tick: Callable[[float], object], share: float, part: float) -> N
     tick(part * share)
 
 
-def _ran(stream: LayerStream, layer: int, states: dict[int, State], in_place: bool = False) -> dict[int, State]:
-    """A layer's output for its inputs by batch, which it replaces one by one where they are not needed any more."""
-    outputs = states if in_place else dict(states)
-    for batch, state in states.items():
-        outputs[batch] = stream.run_layer(layer, state, batch)
-    return outputs
+def _ran(
+    stream: LayerStream, layer: int, inputs: Sequence[dict[int, State]], in_place: bool = False
+) -> list[dict[int, State]]:
+    """A layer's outputs for several variants' inputs by batch; in place of these, where they are not needed again."""
+    outputs = inputs if in_place else [dict(states) for states in inputs]
+    for batch in inputs[0] if inputs else ():
+        found = stream.run_together(layer, [states[batch] for states in inputs], batch)
+        for states, output in zip(outputs, found, strict=True):
+            states[batch] = output
+    return list(outputs)
 
 
 def _check_finite(divergence: float, condensed: Condensed) -> None:
