@@ -3,64 +3,100 @@ How much faster the searches are than one forward pass of the model per candidat
 
 python recipes/benchmarks/search_speed.py
 
+and how long the searches take at DeepSeekMoE-16B's sizes, for a GPU with 80 GB:
+
+python recipes/benchmarks/search_speed.py --preset deepseek-moe-16b
+
 The naive searches do what Algorithms 1 and 2 say, literally: condense a candidate, run the whole model on all tokens,
 compare outputs. Naive and fast must choose the same. A random model serves: speed does not depend on the weights.
+Options that are given win over the preset's.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from speed_models import (
+    DEEPSEEK_MOE_16B,
+    Sizes,
+    build_model,
+    default_device,
+    memory_of,
+    random_ids,
+    synchronize,
+    where,
+)
 from transformers.utils import logging
 
-import cdmoe_plugin  # noqa: F401  (makes AutoConfig know "deepseek")
 from cdmoe_plugin import CondenseConfig, search_plan
 from cdmoe_plugin.condensed import fold, standing_in
 from cdmoe_plugin.divergence import js_divergence
 from cdmoe_plugin.report import format_table
-from cdmoe_plugin.sparse import SparseBlock, find_sparse_blocks
+from cdmoe_plugin.sparse import SparseBlock, check_config, find_sparse_blocks
+
+SMALL = Sizes(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=1024,
+    moe_intermediate_size=128,
+    num_hidden_layers=9,
+    num_attention_heads=4,
+    n_routed_experts=64,
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "sizes": SMALL,
+        "tokens": 2048,
+        "length": 256,
+        "kept": 4,
+        "condensed": 4,
+        "naive_layers": 1,
+        "batch_size": 8,
+        "initializer_range": 0.1,  # so that layers make a difference at this width
+    },
+    "deepseek-moe-16b": {
+        "sizes": DEEPSEEK_MOE_16B,
+        "tokens": 51200,
+        "length": 512,
+        "kept": 6,
+        "condensed": 15,
+        "naive_layers": 0,
+        "batch_size": 8,
+        "initializer_range": 0.02,
+    },
+}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=64, help="routed experts per layer")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--num_layers", type=int, default=9, help="decoder layers; the first is dense")
-    parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens, in sequences of --length")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--kept", type=int, default=4, help="experts K to keep")
-    parser.add_argument("--condensed", type=int, default=4, help="layers that the layer search chooses")
-    parser.add_argument("--naive_layers", type=int, default=1, help="sparse layers on which naive expert search is run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
-
-
-def build_model(args: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "deepseek",
-        vocab_size=1024,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        moe_intermediate_size=args.hidden_size // 2,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=args.experts,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        initializer_range=0.1,
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="small", help="what all other options are by default"
     )
-    # The sparse model's fastest form, so that the naive search is not slow for want of it.
-    return AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").to(args.device).eval()
+    parser.add_argument("--experts", type=int, help="routed experts per layer")
+    parser.add_argument("--hidden_size", type=int, help="other widths are in proportion")
+    parser.add_argument("--num_layers", type=int, help="decoder layers; the first is dense")
+    parser.add_argument("--tokens", type=int, help="calibration tokens, in sequences of --length")
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--batch_size", type=int, help="sequences per forward pass")
+    parser.add_argument("--cache_memory", default=CondenseConfig().cache_memory, help="see CondenseConfig")
+    parser.add_argument("--kept", type=int, help="experts K to keep")
+    parser.add_argument("--condensed", type=int, help="layers that the layer search chooses")
+    parser.add_argument(
+        "--naive_layers", type=int, help="sparse layers on which naive expert search is run; 0: no naive search at all"
+    )
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--dtype", help="by default bfloat16 for deepseek-moe-16b on an accelerator, else float32")
+    preset = parser.parse_known_args(given)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args(given)
+    on_cpu = args.device.type == "cpu"
+    args.dtype = getattr(torch, args.dtype or ("float32" if on_cpu or preset == "small" else "bfloat16"))
+    return args
 
 
 class NaiveSearch:
@@ -109,47 +145,69 @@ class NaiveSearch:
         return order
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+def timed(device: torch.device, function: Callable[[], Any]) -> tuple[Any, float, str]:
+    """What a function returns, its seconds, and the most memory in use during it; empty on a CPU."""
+    memory = memory_of(device)
+    if memory is not None:
+        memory.reset_peak_memory_stats(device)
     start = time.perf_counter()
     result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    peak = "" if memory is None else f"{memory.max_memory_allocated(device) / 1e9:.1f} GB"
+    return result, seconds, peak
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(given: Sequence[str] | None = None) -> None:
+    args = parse_arguments(given)
     logging.set_verbosity_error()
-    model = build_model(args)
-    ids = torch.randint(1, 1024, (args.tokens // args.length, args.length), generator=torch.Generator().manual_seed(0))
-    sparse = [block.layer for block in find_sparse_blocks(model)]
-    options = {"batch_size": len(ids), "num_samples": len(ids), "max_length": args.length}
+    sizes = args.sizes.changed(args.hidden_size, args.num_layers, args.experts)
+    # The sparse model's fastest form, so that the naive search is not slow for want of it.
+    model = build_model(
+        sizes.config(initializer_range=args.initializer_range),
+        args.device,
+        args.dtype,
+        experts_implementation="grouped_mm",
+    )
+    ids = random_ids(sizes.vocab_size, args.tokens // args.length, args.length)
+    blocks = find_sparse_blocks(model)
+    sparse = [block.layer for block in blocks]
+    options = {
+        "batch_size": args.batch_size,
+        "num_samples": len(ids),
+        "max_length": args.length,
+        "cache_memory": args.cache_memory,
+    }
     config = CondenseConfig(layers=sparse, num_experts=args.kept, **options)
     both = CondenseConfig(num_layers=args.condensed, num_experts=args.kept, **options)
+    check_config(both, blocks)
 
-    naive = NaiveSearch(model, ids.to(args.device))
+    naive = NaiveSearch(model, ids.to(args.device)) if args.naive_layers else None
     search_plan(model, CondenseConfig(layers=sparse[:1], num_experts=1, **options), calibration=ids)  # warm-up
-    fast, fast_experts = timed(lambda: search_plan(model, config, calibration=ids))
-    experts = {layer.layer: layer.experts for layer in fast.layers}
-    whole, fast_both = timed(lambda: search_plan(model, both, calibration=ids))
-    fast_layers = fast_both - fast_experts
+    fast, fast_experts, experts_peak = timed(args.device, lambda: search_plan(model, config, calibration=ids))
+    whole, fast_both, both_peak = timed(args.device, lambda: search_plan(model, both, calibration=ids))
+    fast_layers = fast_both - fast_experts  # the same search of experts, and the layers' after it
 
+    print(
+        f"{where(args.device)}; {str(args.dtype).removeprefix('torch.')}; {sizes.num_hidden_layers} layers, "
+        f"{sizes.n_routed_experts} experts, hidden {sizes.hidden_size}, {ids.numel()} tokens, K = {args.kept}, "
+        f"{args.condensed} layers condensed"
+    )
+    if naive is None:
+        times = [f"{seconds:.2f} s" for seconds in (fast_experts, fast_layers)]
+        rows: list[tuple[str, ...]] = list(
+            zip(("expert search", "layer search"), times, (experts_peak, both_peak), strict=True)
+        )
+        print(format_table(["search", "time", "peak memory"], rows))
+        return
+
+    experts = {layer.layer: layer.experts for layer in fast.layers}
     some = sparse[len(sparse) // 2 :][: args.naive_layers]
-    found, seconds = timed(lambda: {i: naive.experts(naive.blocks[i], args.kept) for i in some})
+    found, seconds, _ = timed(args.device, lambda: {i: naive.experts(naive.blocks[i], args.kept) for i in some})
     naive_experts = seconds * len(sparse) / len(some)
-    order, naive_layers = timed(lambda: naive.layers(experts, args.condensed))
+    order, naive_layers, _ = timed(args.device, lambda: naive.layers(experts, args.condensed))
     assert found == {layer: experts[layer] for layer in some}, "naive and fast search chose other experts"
     assert order == [layer.layer for layer in whole.layers], "naive and fast search chose other layers"
-
-    where = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{where}; torch {torch.__version__}; {args.num_layers} layers, {args.experts} experts, hidden "
-        f"{args.hidden_size}, {ids.numel()} tokens, K = {args.kept}, {args.condensed} layers condensed"
-    )
     note = f"{len(some)} of {len(sparse)} layers timed: {seconds:.1f} s" if len(some) < len(sparse) else ""
     rows = [
         (
@@ -157,11 +215,19 @@ def main() -> None:
             f"{naive_experts:.1f} s",
             f"{fast_experts:.2f} s",
             f"{naive_experts / fast_experts:.0f}x",
+            experts_peak,
             note,
         ),
-        ("layer search", f"{naive_layers:.1f} s", f"{fast_layers:.2f} s", f"{naive_layers / fast_layers:.1f}x", ""),
+        (
+            "layer search",
+            f"{naive_layers:.1f} s",
+            f"{fast_layers:.2f} s",
+            f"{naive_layers / fast_layers:.1f}x",
+            both_peak,
+            "",
+        ),
     ]
-    print(format_table(["search", "one forward per candidate", "fast", "ratio", ""], rows))
+    print(format_table(["search", "one forward per candidate", "fast", "ratio", "peak memory", ""], rows))
 
 
 if __name__ == "__main__":
