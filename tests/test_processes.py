@@ -91,7 +91,7 @@ def test_the_recipe(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "offload").iterdir()) == ["process-0", "process-1"]
     module = load_recipe("condense")
     args, search = module.make_parser().parse_args_and_config(args=[str(a) for a in recipe[1:-2]])
-    args.output_dir = tmp_path / "one"
+    args.output_dir, args.state_dir, args.offload_folder = tmp_path / "one", None, tmp_path / "again"
     module.main(args, {name: value for name, value in vars(search).items() if value is not None})
     assert CondensePlan.load(tmp_path / "one") == CondensePlan.load(tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
