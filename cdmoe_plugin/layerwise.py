@@ -5,6 +5,7 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -80,10 +81,10 @@ class LayerStream:
         outputs: list[State] = []
         for start in range(0, len(states), most):
             some = states[start : start + most]
-            if len(some) == 1:
-                outputs.append(self.run_layer(layer, some[0], batch))
+            joined = self._run_joined(layer, some, *self._calls[batch][layer]) if len(some) > 1 else None
+            if joined is None:
+                outputs += [self.run_layer(layer, state, batch) for state in some]
             else:
-                joined = self._run_joined(layer, some, *self._calls[batch][layer])
                 self._finite += [(layer, torch.isfinite(state[0]).all()) for state in joined]
                 outputs += joined
         return outputs
@@ -91,13 +92,18 @@ class LayerStream:
     @torch.no_grad()
     def _run_joined(
         self, layer: int, states: Sequence[State], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[State]:
+    ) -> list[State] | None:
+        """A layer on several inputs as one batch; None if it has arguments that do not go with such a batch."""
         number, rows = len(states), states[0][0].shape[0]
         joined = tuple(
             torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*states, strict=True)
         )
         args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
-        output = self._run(layer, joined, args, kwargs)
+        try:
+            output = self._run(layer, joined, args, kwargs)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            self._joinable = False
+            return None
         parts = [part.chunk(number) if isinstance(part, Tensor) else (part,) * number for part in output]
         return list(zip(*parts, strict=True))
 
@@ -282,22 +288,21 @@ class LayerStream:
     def _joins(self, layer: int, state: State, output: State, call: tuple[Any, Any]) -> bool:
         """Whether a layer gives, for an input and a smaller one as one batch, what it gives for each."""
         small = (state[0] / 2, *state[1:])
-        try:
-            joined = self._run_joined(layer, [state, small], *call)
-        except (IndexError, RuntimeError, TypeError, ValueError):
+        joined = self._run_joined(layer, [state, small], *call)
+        largest = float(output[0].abs().max())
+        if joined is None or not math.isfinite(largest):
             return False
         alone = self._run(layer, small, *call)
         tolerance = 8 * torch.finfo(output[0].dtype).eps
         return all(
-            one[0].shape == two[0].shape
-            and torch.allclose(one[0], two[0], rtol=tolerance, atol=tolerance * float(two[0].abs().max()))
+            one[0].shape == two[0].shape and torch.allclose(one[0], two[0], rtol=tolerance, atol=tolerance * largest)
             for one, two in zip(joined, (output, alone), strict=True)
         )
 
 
 def _repeated(value: Any, rows: int, number: int) -> Any:
-    """An argument of a layer for `number` batches as one; what has one row serves for all of them."""
-    if not isinstance(value, Tensor) or rows == 1 or value.ndim == 0 or value.shape[0] != rows:
+    """An argument of a layer for `number` batches as one, where it has a row for each sequence."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != rows:
         return value
     return value.repeat(number, *[1] * (value.ndim - 1))
 

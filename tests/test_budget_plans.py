@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +23,27 @@ from .test_state import Interrupted, interrupting
 @pytest.mark.parametrize("layers", [None, [3, 1]])
 def test_resumes_to_the_same_plan(layers: list[int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = helpful("qwen2_moe", seed=1), replace(AUTO, layers=layers)
-    unbroken = search_plan(model, config, calibration=SEQUENCES, state_dir=tmp_path / "whole")
+    times = 0
+    write = SearchState.update
+
+    def counting(self: SearchState, results: dict[str, Any]) -> None:
+        nonlocal times
+        times += 1
+        write(self, results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchState, "update", counting)
+        unbroken = search_plan(model, config, calibration=SEQUENCES, state_dir=tmp_path / "whole")
     results = json.loads((tmp_path / "whole" / FILE).read_text())["results"]
     assert any(name.startswith("spread ") for name in results)
-    for after in range(len(results)):
+    for after in range(times):
         folder = tmp_path / str(after)
         with monkeypatch.context() as patch:
-            patch.setattr(SearchState, "__setitem__", interrupting(after))
+            patch.setattr(SearchState, "update", interrupting(after))
             with pytest.raises(Interrupted):
                 search_plan(model, config, calibration=SEQUENCES, state_dir=folder)
         with monkeypatch.context() as patch:
-            patch.setattr(SearchState, "__setitem__", interrupting(len(results) - after))
+            patch.setattr(SearchState, "update", interrupting(times - after))
             assert search_plan(model, config, calibration=SEQUENCES, state_dir=folder) == unbroken
 
 
