@@ -146,7 +146,11 @@ def search_plan(
         check_calibration(calibration)  # before the search, of which only the last step would need more
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
     with searching(model):
-        state = SearchState(state_dir, fingerprint(model, config, calibration.fingerprint) if state_dir else {})
+        state = SearchState(
+            state_dir,
+            fingerprint(model, config, calibration.fingerprint) if state_dir else {},
+            {block.layer: block.num_experts for block in candidates},
+        )
         search = PlanSearch(model, config, candidates, calibration, state)
         found = search.experts()
         experts = found if search.budget is None else uniformly(search.budget, found)

@@ -16,17 +16,21 @@ KILLED = -signal.SIGKILL
 
 def start(action: Callable[[], object]) -> int:
     """Runs something in a process of its own, whose id is returned."""
+    # Ctrl-C has to wait until the new process is ready for it: it must never get out of this function.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process = os.fork()
     if process == 0:
         status = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             action()
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
 
