@@ -141,11 +141,11 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
         try:
             parent_name, _, name = spec["module"].rpartition(".")
             parent = model.base_model.get_submodule(parent_name)
-            parent.get_submodule(name)
+            children = {child for child, _ in parent.named_children()}
+            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"]]):
+                raise ValueError("it names modules that the layer does not have")
             replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
-            for other in spec["omitted"]:
-                parent.get_submodule(other)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
                 f"layer {layer}: {spec!r} ({error!r}). The file was edited or comes from another version."
