@@ -158,7 +158,7 @@ def search_plan(
     with searching(model):
         processes = Processes(accelerator, len(calibration.batches))
         belongs = fingerprint(model, config, calibration.fingerprint) if state_dir else {}
-        state = SearchState(state_dir, belongs, processes)
+        state = SearchState(state_dir, belongs, {block.layer: block.num_experts for block in candidates}, processes)
         search = PlanSearch(model, config, candidates, calibration, state, processes)
         found = search.experts()
         experts = found if search.budget is None else uniformly(search.budget, found)

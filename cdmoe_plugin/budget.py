@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,11 +32,12 @@ def read_budget(value: object) -> tuple[int, Unit]:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value, "experts"
     text = value.strip() if isinstance(value, str) else ""
-    if found := _PARAMETERS.fullmatch(text):
-        return round(float(found[1]) * _DECIMAL[found[2].upper()]), "parameters"
-    found = _BYTES.fullmatch(text)
-    if found and not (found[3] and not found[2]):
-        return round(float(found[1]) * (_BINARY if found[3] else _DECIMAL)[found[2]]), "bytes"
+    with suppress(OverflowError):  # so many digits that it is none of these
+        if found := _PARAMETERS.fullmatch(text):
+            return round(float(found[1]) * _DECIMAL[found[2].upper()]), "parameters"
+        found = _BYTES.fullmatch(text)
+        if found and not (found[3] and not found[2]):
+            return round(float(found[1]) * (_BINARY if found[3] else _DECIMAL)[found[2]]), "bytes"
     raise ValueError(
         "`expert_budget` should be a number of experts, or text such as '300M params', '2GB' or '500MiB', but is "
         f"{value!r}."

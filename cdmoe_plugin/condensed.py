@@ -36,8 +36,15 @@ def _write_model_card(model: PreTrainedModel, folder: Path) -> None:
     write_model_card(model, folder)
 
 
+def _plan_from_dict(plan: dict[str, Any]) -> CondensePlan:
+    try:
+        return CondensePlan.from_dict(plan)
+    except ValueError as error:
+        raise ValueError(f"`condense_config.plan` of this model's config is no valid condense plan: {error}") from error
+
+
 # With the package installed, a condensed model gives its plan as an object and saves a model card.
-modeling_cdmoe.plan_from_dict = CondensePlan.from_dict  # type: ignore[assignment]
+modeling_cdmoe.plan_from_dict = _plan_from_dict
 modeling_cdmoe.write_model_card = _write_model_card
 
 

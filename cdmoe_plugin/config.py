@@ -132,11 +132,12 @@ class CondenseConfig:
             value = getattr(self, name)
             if (name, value) == ("num_experts", "auto"):
                 continue
-            if not is_int(value) or value < least:
+            if not is_int(value) or not least <= value < 2**63:
                 raise ValueError(f"`{name}` should be a whole number of at least {least}, but is {value!r}.")
-        for name in ("expert_selection", "layer_selection", "metric", "compare", "gates"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"`{name}` should be a name, but is {getattr(self, name)!r}.")
+        for name in ("expert_selection", "layer_selection", "metric", "compare", "gates", "refit", "refit_target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name, value) != ("refit", None):
+                raise ValueError(f"`{name}` should be a name, but is {value!r}.")
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}, but only {', '.join(map(repr, FORMS))} exist.")
         self.cache_bytes  # noqa: B018  (raises where `cache_memory` is not a size)
@@ -193,8 +194,11 @@ class CondenseConfig:
         try:
             if not isinstance(self.cache_memory, str):
                 raise TypeError("not a string")
-            return convert_file_size_to_int(self.cache_memory)
-        except (ValueError, AttributeError, TypeError) as error:
+            size = convert_file_size_to_int(self.cache_memory)
+            if size < 0:
+                raise ValueError("below 0")
+            return size
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"`cache_memory` should be a size such as '4GB' or '500MiB', but is {self.cache_memory!r}."
             ) from error
@@ -208,9 +212,11 @@ class CondenseConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: if a key is no field of this class.
+            ValueError: if a key is no field of this class, or a value none for its field.
         """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A CondenseConfig is made of an object's fields, not of {values!r}.")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)}, key=str)
         if unknown:
             raise ValueError(f"CondenseConfig has no field {', '.join(map(repr, unknown))}.")
         return cls(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FORMS, is_int
+from .files import read_json, write_json
 
 VERSION = 1
 
@@ -86,16 +86,16 @@ class CondensedLayer:
         fields = _object(values, where, cls.__dataclass_fields__)
         _whole(fields["layer"], f"{where}.layer")
         experts = [_whole(e, f"{where}.experts") for e in _list(fields["experts"], f"{where}.experts")]
-        gates = [_real(g, f"{where}.gates") for g in _list(fields["gates"], f"{where}.gates")]
+        gates = [read_real(g, f"{where}.gates") for g in _list(fields["gates"], f"{where}.gates")]
         if len(set(experts)) < len(experts):
             raise ValueError(f"`{where}.experts` names an expert more than once: {experts}.")
         if len(gates) != len(experts):
             raise ValueError(f"`{where}` has {len(experts)} experts but {len(gates)} gates.")
         if fields["score"] is not None:
-            _real(fields["score"], f"{where}.score")
+            read_real(fields["score"], f"{where}.score")
         scores = fields["expert_scores"]
         if scores is not None:
-            scores = [_real(s, f"{where}.expert_scores") for s in _list(scores, f"{where}.expert_scores")]
+            scores = [read_real(s, f"{where}.expert_scores") for s in _list(scores, f"{where}.expert_scores")]
             if len(scores) != len(experts) + 1:
                 raise ValueError(
                     f"`{where}.expert_scores` should have {len(experts) + 1} values, one more than there are experts, "
@@ -330,34 +330,6 @@ def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> 
 # --- reading what somebody may have edited ---------------------------------------------------------------------------
 
 
-def write_json(path: str | os.PathLike, values: Any) -> None:
-    """Writes a JSON file; an existing one is replaced at once or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Parses a JSON file.
-
-    Raises:
-        ValueError: if it is no JSON (NaN and Infinity, which JSON lacks, included).
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it contains {constant}")
-
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
 def _object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all `fields`, of which those that a dataclass gives a default may be missing."""
     values = _mapping(values, where)
@@ -388,7 +360,7 @@ def _flat_mapping(values: Any, where: str) -> dict[str, Any] | None:
             for item in value:
                 _whole(item, f"{where}.{name}")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            _real(value, f"{where}.{name}")
+            read_real(value, f"{where}.{name}")
         elif value is not None and not isinstance(value, (str, bool)):
             raise ValueError(f"`{where}.{name}` should be a plain value, but is {_short(value)}.")
     return dict(values)
@@ -406,7 +378,12 @@ def _whole(value: Any, where: str) -> int:
     return value
 
 
-def _real(value: Any, where: str) -> float:
+def read_real(value: Any, where: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: naming the place, if `value` is none.
+    """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A whole number may be too large for a float.
     if not number or abs(value) > sys.float_info.max or math.isnan(value):
@@ -418,7 +395,7 @@ def _by_layer(values: Any, where: str) -> dict[int, float] | None:
     """Numbers by decoder layer, or None."""
     if values is None:
         return None
-    return {_layer_key(k, where): _real(v, f"{where}.{k}") for k, v in _mapping(values, where).items()}
+    return {_layer_key(k, where): read_real(v, f"{where}.{k}") for k, v in _mapping(values, where).items()}
 
 
 def _layer_key(key: Any, where: str) -> int:

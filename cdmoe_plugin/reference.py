@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import is_int
-from .plan import CondensedLayer, CondensePlan, read_json
+from .files import read_json
+from .plan import CondensedLayer, CondensePlan
 
 
 def plan_from_reference(

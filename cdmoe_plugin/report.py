@@ -203,7 +203,19 @@ def _recovery_section(stages: Sequence[dict[str, Any]]) -> str:
 
 
 def write_model_card(model: Any, folder: Path) -> None:
-    """Writes README.md into the folder of a condensed checkpoint that is being saved."""
+    """Writes README.md into the folder of a condensed checkpoint that is being saved.
+
+    Raises:
+        ValueError: if what the model's config says of how it was condensed was edited and can't be understood.
+    """
+    try:
+        text = _model_card(model)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"`condense_config` of this model's config can't be understood ({error!r}).") from error
+    ModelCard(text).save(folder / "README.md")
+
+
+def _model_card(model: Any) -> str:
     config = model.config.condense_config
     plan = model.condense_plan
     base = config.get("base_model") or model._base_class.__name__
@@ -222,7 +234,7 @@ def write_model_card(model: Any, folder: Path) -> None:
         quantised = f"\nThe weights are quantised, by {model.quantization_method.value}; opening them needs it.\n"
     tags = sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])})
     data = ModelCardData(library_name="transformers", tags=tags, base_model=base if "/" in base else None)
-    text = _CARD.format(
+    return _CARD.format(
         data=data.to_yaml(),
         mark=MODEL_CARD_MARK,
         title=f"{base}, {_DONE[plan.form]}",
@@ -234,4 +246,3 @@ def write_model_card(model: Any, folder: Path) -> None:
         quantised=quantised,
         recovery=_recovery_section(config.get("recovery") or []),
     )
-    ModelCard(text).save(folder / "README.md")

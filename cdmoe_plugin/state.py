@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .config import CondenseConfig
+from .config import CondenseConfig, is_int
+from .files import read_json, write_json
 from .offload import weight_of
-from .plan import read_json, write_json
+from .plan import CondensedLayer, read_real
 from .processes import Processes
 
-VERSION = 1
+VERSION = 2
 FILE = "search_state.json"
 # Values of each weight that go into a model's fingerprint: enough to tell checkpoints apart, cheap for 16 billion.
 _SAMPLED_VALUES = 64
@@ -29,20 +30,29 @@ class SearchState(MutableMapping[str, Any]):
     Args:
         folder (`str` or `os.PathLike`, *optional*): Where the file lies; None keeps nothing on disk.
         fingerprint (`dict[str, str]`): What the results belong to, see `fingerprint`.
-        processes (`Processes`): Who works on the search. The main process alone reads and writes the file.
+        num_experts (`dict[int, int]`, *optional*): Routed experts of each layer that is searched.
+        processes (`Processes`, *optional*): Who works on the search. The main process alone reads and writes the file.
 
     Raises:
-        ValueError: if the folder holds the state of another search (naming what differs), or no valid state.
+        ValueError: if the folder holds the state of another search (naming what differs), or no valid state: one that
+            is broken, was edited, or names layers or experts that are not there.
     """
 
     def __init__(
-        self, folder: str | os.PathLike | None, fingerprint: dict[str, str], processes: Processes | None = None
+        self,
+        folder: str | os.PathLike | None,
+        fingerprint: dict[str, str],
+        num_experts: Mapping[int, int] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         processes = Processes() if processes is None else processes
         self.path = Path(folder) / FILE if folder is not None and processes.is_main else None
         self.fingerprint = fingerprint
+        self.num_experts = num_experts or {}
         self.results: dict[str, Any] = {}
         if self.path is not None:
+            if self.path.parent.is_file():
+                raise ValueError(f"`state_dir` should be a folder, but {folder} is a file.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self.results = self._read(self.path)
@@ -52,17 +62,30 @@ class SearchState(MutableMapping[str, Any]):
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             state = read_json(path)
+            if not isinstance(state, dict) or set(state) != {"version", "fingerprint", "results", "checksum"}:
+                raise ValueError("it should hold a version, a fingerprint, results and a checksum")
             version, found, results = state["version"], state["fingerprint"], state["results"]
-            if version != VERSION or not isinstance(found, dict) or not isinstance(results, dict):
-                raise ValueError(f"version {version!r}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no valid search state ({error!r}): delete it to start anew.") from error
-        different = sorted(name for name, value in self.fingerprint.items() if found.get(name) != value)
+            if version != VERSION or not is_int(version):
+                raise ValueError(f"its version should be {VERSION}")
+            if not isinstance(found, dict) or not isinstance(results, dict):
+                raise ValueError("its fingerprint and its results should be objects")
+            if state["checksum"] != _checksum(found, results):
+                raise ValueError("its checksum is that of another content")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no valid search state ({error}): delete it to start anew.") from error
+        different = sorted(
+            name for name in {*self.fingerprint, *found} if found.get(name) != self.fingerprint.get(name)
+        )
         if different:
             raise ValueError(
                 f"{path} belongs to another search: its {' and '.join(different)} differ. Use another `state_dir`, or "
                 "delete it to start anew."
             )
+        try:
+            for name, result in results.items():
+                _check_result(name, result, self.num_experts)
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid search state ({error}): delete it to start anew.") from error
         return results
 
     def __getitem__(self, name: str) -> Any:
@@ -75,7 +98,9 @@ class SearchState(MutableMapping[str, Any]):
         """Keeps several results at once: all of them, or none if it is interrupted."""
         self.results.update(results)
         if self.path is not None:
-            write_json(self.path, {"version": VERSION, "fingerprint": self.fingerprint, "results": self.results})
+            checksum = _checksum(self.fingerprint, self.results)
+            content = {"fingerprint": self.fingerprint, "results": self.results, "checksum": checksum}
+            write_json(self.path, {"version": VERSION, **content})
 
     def __delitem__(self, name: str) -> None:
         del self.results[name]
@@ -85,6 +110,27 @@ class SearchState(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.results)
+
+
+def _checksum(fingerprint: dict[str, str], results: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([fingerprint, results], sort_keys=True).encode()).hexdigest()
+
+
+def _check_result(name: str, result: Any, num_experts: Mapping[int, int]) -> None:
+    """Checks one result: the experts of a layer, by the name "experts <layer>", or else a divergence."""
+    kind, _, layer = name.partition(" ")
+    if kind != "experts":
+        read_real(result, name)
+        return
+    if layer not in map(str, num_experts):
+        raise ValueError(f"`{name}` is about a layer that is not searched")
+    if not isinstance(result, dict) or set(result) != {"experts", "scores", "gates"} or result["scores"] is None:
+        raise ValueError(f"`{name}` should hold experts, scores and gates")
+    order = {"layer": int(layer), "experts": result["experts"], "gates": result["gates"]}
+    experts = CondensedLayer.from_dict({**order, "expert_scores": result["scores"]}, name).experts
+    there = num_experts[int(layer)]
+    if any(expert >= there for expert in experts):
+        raise ValueError(f"`{name}` names experts {experts} of {there}, which are numbered from 0")
 
 
 def fingerprint(model: PreTrainedModel, config: CondenseConfig, calibration: str) -> dict[str, str]:

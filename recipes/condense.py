@@ -42,6 +42,7 @@ from typing import Any
 
 from cdmoe_plugin import CondenseConfig
 from cdmoe_plugin.config import condense_arguments, unused_with_plan
+from cdmoe_plugin.modeling_cdmoe import STAGING, replacing_files
 
 
 @dataclass
@@ -106,7 +107,8 @@ def check_output(output_dir: str | None) -> Path:
     if output_dir is None:
         raise ValueError("`--output_dir` is needed: a new or empty folder for the condensed checkpoint.")
     path = Path(output_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # A run that was killed while it saved may have left an unfinished folder, which the next save removes.
+    if path.exists() and (not path.is_dir() or any(not STAGING.fullmatch(inner.name) for inner in path.iterdir())):
         raise ValueError(f"`--output_dir` {output_dir} is not an empty folder; choose another, or empty it.")
     return path
 
@@ -150,10 +152,11 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     )
     if not accelerator.is_main_process:
         return
-    model.save_pretrained(output_dir, max_shard_size=args.max_shard_size)
-    model.condense_plan.save(output_dir / "condense_plan.json")  # a model with fewer layers does not bring its own
-    if has_tokenizer(args.model_name_or_path):
-        AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(output_dir)
+    with replacing_files(output_dir) as folder:  # all of it is there at once, or nothing
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        model.condense_plan.save(folder / "condense_plan.json")  # a model with fewer layers does not bring its own
+        if has_tokenizer(args.model_name_or_path):
+            AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(folder)
     print(plan_table(model.condense_plan))
     print(f"Saved to {output_dir}: {model.num_parameters():,} parameters.")
 

@@ -199,11 +199,14 @@ def test_the_modeling_file_stands_alone(name: str, root: Path) -> None:
 # --- checkpoints that are not what they say ---
 
 LAYER = "condense_config.condensed_layers.3"
+TRIMMED = {"form": "trim_layer", "omitted": []}
+ACTIVATIONS = ("0.mlp.act_fn", "2.mlp.experts.act_fn")  # without weights that would be missed
 SENSELESS = [("model_type", f"cdmoe_{name}") for name in ("magic", "", "qwen3_moe", "llama", "deepseek")]
 SENSELESS += [("condense_config", value) for value in (MISSING, None, "greedy", [1], {})]
 SENSELESS += [("condense_config.condensed_layers", value) for value in (MISSING, {}, [1], {"3": "wide"})]
 SENSELESS += [(f"{LAYER}.intermediate_size", value) for value in (40, -1, "56", MISSING)]
 SENSELESS += [(f"{LAYER}.module", value) for value in ("layers.9.mlp", "layers.3.router", "layers.0.self_attn", None)]
+SENSELESS += [("condense_config.condensed_layers.0", {**TRIMMED, "module": f"layers.{name}"}) for name in ACTIVATIONS]
 SENSELESS += [(f"{LAYER}.omitted", value) for value in (["input_layernorm"], ["shared_mlp"], MISSING)]
 SENSELESS += [(f"{LAYER}.hidden_act", "magic"), (f"{LAYER}.bias", True), (f"{LAYER}.shared_expert_gate", False)]
 SENSELESS += [(f"{LAYER}.shared_intermediate_size", 1000), (LAYER, MISSING)]

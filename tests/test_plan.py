@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan
 from cdmoe_plugin.plan import ModelShape, SparseLayerShape
+from tests.broken_json import ODD, RAW, edited, places, written
 
 LAYERS = [
     CondensedLayer(2, [4, 0, 7], [0.25, 0.125, 0.1], 0.011, [0.09, 0.05, 0.04, 0.03]),
@@ -161,51 +161,6 @@ def test_from_files_that_do_not_belong_together(changes: dict[str, Any], message
         CondensePlan.from_reference(**files)
 
 
-# Values that JSON can hold and no field should trip over; "@" stands for text that json.dumps would not write.
-RAW = {"@huge": "1e999"} | {f"@deep{n}": "[" * n + "]" * n for n in (100, 700, 3000)}
-ODD = [None, True, -1, 0, 1, 2**63, 10**400, -0.5, 1e308, float("nan"), float("-inf"), "", "1", "\ud800", [], [1], {}]
-VALUES = st.recursive(
-    st.sampled_from([*ODD, *RAW]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of everything inside a JSON value."""
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
-
-
-@st.composite
-def edited(draw: st.DrawFn) -> str:
-    """The JSON of PLAN after a few random changes."""
-    top = {"plan": copy.deepcopy(json.loads(json.dumps(PLAN.to_dict())))}
-    for _ in range(draw(st.integers(1, 4))):
-        *path, key = draw(st.sampled_from(places(top)[1:]))
-        holder: Any = top
-        for step in path:
-            holder = holder[step]
-        action = draw(st.sampled_from(["delete", "replace", "add", "wrap", "repeat"]))
-        if action == "delete" and path:
-            del holder[key]
-        elif action == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(sorted(holder)) | st.text(max_size=5))] = copy.deepcopy(draw(VALUES))
-        elif action == "repeat" and isinstance(holder, list):
-            holder.append(copy.deepcopy(holder[key]))
-        elif action == "wrap":
-            holder[key] = [holder[key]]
-        else:
-            holder[key] = copy.deepcopy(draw(VALUES))  # a later change must not reach the strategy's own lists
-    return written(top["plan"])
-
-
-def written(value: Any) -> str:
-    text = json.dumps(value)
-    for name, raw in RAW.items():
-        text = text.replace(f'"{name}"', raw)
-    return text
-
-
 def understood_or_refused(text: str, path: Path) -> None:
     path.write_text(text)
     try:
@@ -231,9 +186,9 @@ def test_any_one_change_is_understood_or_refused(field: str, tmp_path: Path) -> 
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(text=edited())
-def test_any_changes_are_understood_or_refused(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    understood_or_refused(text, tmp_path_factory.getbasetemp() / "edited.json")
+@given(values=edited(PLAN.to_dict()))
+def test_any_changes_are_understood_or_refused(values: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    understood_or_refused(written(values), tmp_path_factory.getbasetemp() / "edited.json")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
 from tests.conftest import some_plan
+from tests.killing import dying_before
+from tests.killing import run as run_process
 from tests.recovery import WORDS, load_recipe, word_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -163,6 +167,25 @@ def test_bad_requests_leave_nothing(
         run(recipe, "--model_name_or_path", checkpoint, "--num_layers", 2, *(a.format(**places) for a in arguments))
     assert not new.exists()
     assert [file.name for file in full.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("form", ["condense", "trim_block"])
+def test_killed_while_it_saves(recipe: ModuleType, checkpoint: Path, tmp_path: Path, form: str) -> None:
+    (tmp_path / "empty").mkdir()
+    some_plan([1, 2]).save(tmp_path / "plan.json")
+    start = ("--model_name_or_path", checkpoint, "--plan", tmp_path / "plan.json", "--form", form)
+    for name in ("empty", "new"):
+        output = tmp_path / name
+        for moment in count():
+            action = partial(run, recipe, *start, "--output_dir", output)
+            if run_process(dying_before(moment, action, frozenset({"os.rename"}))) == 0:
+                break
+            assert not (output / "config.json").exists()
+        assert moment > 0
+        AutoModelForCausalLM.from_pretrained(output)
+        assert len(AutoTokenizer.from_pretrained(output)) > 100
+        assert len(CondensePlan.load(output).layers) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "new", "plan.json"}
 
 
 def test_unknown_keys_of_a_config_file_are_refused(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:

@@ -166,8 +166,10 @@ def test_a_full_disk(changed: PreTrainedModel, small_disk: Path) -> None:
     assert same_weights(changed, AutoModelForCausalLM.from_pretrained(small_disk))
 
 
-def test_the_folder_itself_stays(changed: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a link, somebody's working directory, or shared by a group."""
+def test_a_working_directory_stays_the_same_folder(
+    changed: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name; elsewhere, a new folder takes the place of the old one."""
     link = folder.parent / "link"
     link.symlink_to(folder)
     folder.chmod(0o2775)
@@ -180,6 +182,17 @@ def test_the_folder_itself_stays(changed: PreTrainedModel, folder: Path, monkeyp
         assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
     assert others_survive(folder)
     assert same_weights(changed, AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(exists: bool, changed: PreTrainedModel, folder: Path) -> None:
+    link, place = folder.parent / "link", folder if exists else folder.parent / "new"
+    link.symlink_to(place.name)
+    changed.save_pretrained(link)
+    assert link.is_symlink()
+    assert link.resolve() == place
+    assert same_weights(changed, AutoModelForCausalLM.from_pretrained(place))
+    assert not exists or others_survive(place)
 
 
 def test_a_file_is_no_folder(model: PreTrainedModel, tmp_path: Path) -> None:

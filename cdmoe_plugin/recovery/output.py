@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..modeling_cdmoe import STAGING, replacing_files
 from .stages import TRAINER_STATE_FILE, StageSummary, unfinished, write_json
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 IDENTITY_FILE = "recipe.json"
 START_FOLDER = "condensed"
-_OF_A_BEGINNING = (IDENTITY_FILE, *(unfinished(Path(name)).name for name in (IDENTITY_FILE, START_FOLDER)))
+_OF_A_BEGINNING = (IDENTITY_FILE, unfinished(Path(IDENTITY_FILE)).name)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
         identity = json.loads(json.dumps(identity))
         # A run that failed before it made anything leaves no more than its identity.
         begun = output_dir.exists() and (
-            not output_dir.is_dir() or any(p.name not in _OF_A_BEGINNING for p in output_dir.iterdir())
+            not output_dir.is_dir() or any(not _is_of_a_beginning(p.name) for p in output_dir.iterdir())
         )
         if begun and not resume:
             raise ValueError(
@@ -69,6 +69,10 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, identity)
     state.wait_for_everyone()
+
+
+def _is_of_a_beginning(name: str) -> bool:
+    return name in _OF_A_BEGINNING or STAGING.fullmatch(name) is not None
 
 
 def find_progress(output_dir: Path, stages: Sequence[str], resume: str | bool | None) -> Progress:
@@ -150,10 +154,8 @@ def condense_once(output_dir: Path, make: Callable[[], tuple[PreTrainedModel, Pr
     state = PartialState()
     if state.is_main_process and not folder.exists():
         model, tokenizer = make()
-        part = unfinished(folder)
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
+        with replacing_files(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
     state.wait_for_everyone()
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +14,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..condensed import condensed_layers
+from ..modeling_cdmoe import replacing_files
 from .trainer import CondensedSFTTrainer
 from .weights import condensed_parameters, load_condensed_weights
 
 SUMMARY_FILE = "summary.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# A run that goes on may end in another form than before.
+_EARLIER_END = re.compile(r".*\.safetensors(\.index\.json)?|(adapter_)?config\.json")
 
 
 @dataclass(frozen=True)
@@ -137,31 +141,22 @@ def finish(
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """
     last = output_dir / summaries[-1].stage
-    # Written aside and then moved, so that a folder which looks whole is whole.
-    part = unfinished(output_dir / "recovered")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    if (last / _ADAPTER_FILES[0]).is_file() and not merge:
-        for name in _ADAPTER_FILES:
-            shutil.copyfile(last / name, part / name)
-    else:
-        model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **model_kwargs)
-        if (last / _ADAPTER_FILES[0]).is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, last).merge_and_unload()
+    with replacing_files(output_dir, _EARLIER_END) as folder:
+        if (last / _ADAPTER_FILES[0]).is_file() and not merge:
+            for name in _ADAPTER_FILES:
+                shutil.copyfile(last / name, folder / name)
         else:
-            load_condensed_weights(model, last)
-        earlier = model.config.condense_config.get("recovery") or []
-        model.config.condense_config["recovery"] = [*earlier, *(asdict(summary) for summary in summaries)]
-        model.save_pretrained(part)
-    AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(part)
-    configs = ("config.json", _ADAPTER_FILES[0])  # a folder opens by these
-    for path in (*output_dir.glob("*.safetensors"), *(output_dir / name for name in configs)):
-        path.unlink(missing_ok=True)  # a run that goes on may end in another form
-    for path in sorted(part.iterdir(), key=lambda path: path.name in configs):
-        path.replace(output_dir / path.name)
-    part.rmdir()
+            model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **model_kwargs)
+            if (last / _ADAPTER_FILES[0]).is_file():
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, last).merge_and_unload()
+            else:
+                load_condensed_weights(model, last)
+            earlier = model.config.condense_config.get("recovery") or []
+            model.config.condense_config["recovery"] = [*earlier, *(asdict(summary) for summary in summaries)]
+            model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(folder)
 
 
 def write_json(path: Path, content: Any) -> None:
