@@ -65,8 +65,8 @@ def condense_pretrained(
             that was interrupted goes on from there. Not used with a plan.
         accelerator (`Accelerator`, *optional*): As in `search_plan`.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...). With an
-            `offload_folder` and no `device_map`, all decoder layers are kept on disk, and the condensed model's as
-            well: one layer at a time is in memory, also as the condensed model is saved.
+            `offload_folder` and no `device_map`, decoder layers stay in the checkpoint's files, condensed ones go to
+            that folder, and one layer at a time is in memory, also as the condensed model is saved.
 
     Returns:
         `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is what was applied.

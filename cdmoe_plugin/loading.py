@@ -8,26 +8,18 @@ the kept ones. The small sparse blocks are then folded, layer by layer.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
+from .layer_files import CheckpointLayers, bring_from, load_but_layers
 from .plan import CondensePlan
 from .sparse import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
-
-# On disk an expert has its own tensors ("...layers.3.mlp.experts.17.up_proj.weight", whatever the names around the
-# numbers), or all experts of a layer share one.
-_LAYER = r"(?:^|\.)(?:layers|blocks|h)\.(?P<layer>\d+)\."
-_ONE_EXPERT = re.compile(_LAYER + r".*?\.experts\.(?P<expert>\d+)\.")
-_ALL_EXPERTS = re.compile(_LAYER + r".*?\.experts\b")
-_IN_LAYER = re.compile(_LAYER)
+from .unread import unread_tensors
 
 
 def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> PreTrainedModel:
@@ -83,27 +75,36 @@ def _open(
     kept: dict[int, list[int]],
     counts: dict[int, int],
 ) -> PreTrainedModel:
+    layers_path = None
     if "offload_folder" in model_kwargs and model_kwargs.get("device_map") is None:
-        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch)}
-    loader = _loader_class(type(sketch), kept, counts)
+        layers_path = _layers_path(sketch)
+        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch, layers_path)}
+    layers: list[CheckpointLayers] = []
+    loader = _loader_class(type(sketch), kept, counts, layers_path, layers)
     opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
     model, loading_info = opened
     check_whole(model, loading_info)
     model.__class__ = type(sketch)
+    for each in layers:
+        bring_from(model, each)
     return model
 
 
-def layers_on_disk(sketch: PreTrainedModel) -> dict[str, str | int]:
+def _layers_path(sketch: PreTrainedModel) -> str:
+    """Name of the list of decoder layers in the whole model, such as "model.layers"."""
+    in_base = find_sparse_blocks(sketch)[0].path.rsplit(".", 2)[0]
+    layers = sketch.base_model.get_submodule(in_base)
+    return next(name for name, module in sketch.named_modules() if module is layers)
+
+
+def layers_on_disk(sketch: PreTrainedModel, layers_path: str) -> dict[str, str | int]:
     """A device map with all decoder layers on disk, and the rest where they compute: on a GPU if there is one."""
-    layers = find_sparse_blocks(sketch)[0].path.rsplit(".", 2)[0]
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
-    base = sketch.base_model
-    prefix = next(f"{name}." if name else "" for name, module in sketch.named_modules() if module is base)
     device_map: dict[str, str | int] = {}
     for name, module in sketch.named_modules():
-        if name == prefix + layers:
-            device_map |= {f"{name}.{i}": "disk" for i in range(len(list(module.children())))}
-        elif not any(True for _ in module.children()) and not name.startswith(f"{prefix}{layers}."):
+        if name == layers_path:
+            device_map |= {f"{name}.{i}": "disk" for i, _ in enumerate(module.children())}
+        elif not any(True for _ in module.children()) and not name.startswith(f"{layers_path}."):
             device_map[name] = device
     return device_map
 
@@ -143,9 +144,16 @@ def check_whole(model: PreTrainedModel, loading_info: Any) -> None:
 
 
 def _loader_class(
-    base: type[PreTrainedModel], kept: dict[int, list[int]], counts: dict[int, int]
+    base: type[PreTrainedModel],
+    kept: dict[int, list[int]],
+    counts: dict[int, int],
+    layers_path: str | None,
+    layers: list[CheckpointLayers],
 ) -> type[PreTrainedModel]:
-    """The base class with fewer experts in condensed layers, which reads as many from the checkpoint."""
+    """The base class with fewer experts in condensed layers, which reads as many from the checkpoint.
+
+    With a `layers_path`, it reads no decoder layer, and adds to `layers` where they are.
+    """
 
     def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -153,12 +161,16 @@ def _loader_class(
             if block.layer in kept:
                 _shrink(block.experts, counts[block.layer], len(kept[block.layer]))
 
-    def load(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+    def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any) -> Any:
         if files is not None:
             if not all(str(file).endswith(".safetensors") for file in files):
                 raise ValueError("With a plan, only checkpoints in safetensors are read: others can't be read in part.")
-            state_dict, files = _kept_tensors(files, kept, counts), None
-        return base._load_pretrained_model(model, state_dict, files, *args, **kwargs)
+            state_dict, files = unread_tensors(files, kept, counts), None
+            if layers_path is not None:
+                info, found = load_but_layers(model, layers_path, state_dict, base._load_pretrained_model, load_config)
+                layers.append(found)
+                return info, {}
+        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
 
     # Under the base's own name and module, transformers treats it as the class that it is.
     namespace = {"__module__": base.__module__, "__init__": init, "_load_pretrained_model": staticmethod(load)}
@@ -173,70 +185,3 @@ def _shrink(experts: nn.Module, count: int, kept: int) -> None:
                 setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
         if getattr(module, "num_experts", None) == count:
             setattr(module, "num_experts", kept)  # noqa: B010  (nn.Module declares its attributes to be tensors)
-
-
-def _kept_tensors(files: Sequence[str], kept: dict[int, list[int]], counts: dict[int, int]) -> dict[str, Any]:
-    """All tensors of a checkpoint that the condensed model needs, unread, experts renumbered."""
-    tensors: dict[str, Any] = {}
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            shapes = {key: (part.get_shape(), part.get_dtype()) for key, part in _slices(handle)}
-        for key, (shape, dtype) in shapes.items():
-            match = _ONE_EXPERT.search(key)
-            experts = kept.get(int(match["layer"])) if match else None
-            if match is not None and experts is not None:
-                if int(match["expert"]) not in experts:
-                    continue
-                place = experts.index(int(match["expert"]))
-                key_start, key_end = match.span("expert")
-                tensors[f"{key[:key_start]}{place}{key[key_end:]}"] = _Unread(file, key, shape, dtype)
-                continue
-            match = _IN_LAYER.search(key)
-            layer = int(match["layer"]) if match else -1
-            if layer in kept and _is_stack(key, shape, counts[layer]):
-                rows = shape[0] // counts[layer]
-                shape = [rows * len(kept[layer]), *shape[1:]]
-                tensors[key] = _Unread(file, key, shape, dtype, [range(e * rows, (e + 1) * rows) for e in kept[layer]])
-            else:
-                tensors[key] = _Unread(file, key, shape, dtype)
-    return tensors
-
-
-def _slices(handle: Any) -> list[tuple[str, Any]]:
-    return [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118  (the handle is no dict)
-
-
-def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
-    """Whether a tensor on disk holds all experts: matrices `[N, a, b]`, or `[N*a, b]`, one on top of the other."""
-    if len(shape) == 3:
-        return shape[0] == count and "conv" not in key
-    return len(shape) == 2 and _ALL_EXPERTS.search(key) is not None and shape[0] % count == 0
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A tensor in a safetensors file, or some rows of it, read when asked for, as a safetensors slice is.
-
-    The file is open only then: what has been read of a file that stays open counts as memory in use.
-    """
-
-    file: str
-    key: str
-    shape: list[int]
-    dtype: str
-    rows: list[range] | None = None
-
-    def get_shape(self) -> list[int]:
-        return self.shape
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self.file, framework="pt", device="cpu") as handle:
-            part = handle.get_slice(self.key)
-            if self.rows is None:
-                return part[index]
-            if index is not Ellipsis:
-                raise IndexError("only all kept experts can be read at once")
-            return torch.cat([part[rows.start : rows.stop] for rows in self.rows])

@@ -76,8 +76,8 @@ class CondenseArguments:
     offload_folder: str | None = field(
         default=None,
         metadata={
-            "help": "Folder for weights that are not in memory; without --device_map those of all decoder layers. It "
-            "needs room for the whole checkpoint, per process, and may be deleted afterwards."
+            "help": "Folder for weights that are not in memory, to be deleted afterwards. Without --device_map, "
+            "decoder layers stay in the checkpoint's own files, and only condensed layers are written there."
         },
     )
     revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the hub."})

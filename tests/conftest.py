@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, loading, search_plan
+from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, search_plan, unread
 from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
 from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
 from cdmoe_plugin.sparse import find_sparse_blocks
@@ -193,7 +193,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
             return Slice()
 
-    monkeypatch.setattr(loading, "safe_open", Watched)
+    monkeypatch.setattr(unread, "safe_open", Watched)
     return log
 
 

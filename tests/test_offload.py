@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.api import sketch_model
+from cdmoe_plugin.layer_files import CheckpointLayers
 from tests.conftest import build
 from tests.recovery import load_recipe
 from tests.tiny_models import random_ids, tiny_model
@@ -61,14 +64,18 @@ def assert_same_weights(one: PreTrainedModel, other: PreTrainedModel, folder: Pa
 
 
 # Experts on disk one by one (deepseek, mixtral) or stacked (granite), a shared expert of the layer (granitemoeshared),
-# layers of several kinds (jamba), experts whose weights another module reads (dbrx).
-@pytest.mark.parametrize("arch", ["deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx"])
+# layers of several kinds (jamba), experts whose weights another module reads (dbrx), buffers that have another name on
+# disk (hy_v3).
+@pytest.mark.parametrize("arch", ["deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3"])
 def test_the_same_plan_and_weights(arch: str, tmp_path: Path) -> None:
     (build(arch) if arch == "deepseek" else tiny_model(arch)).save_pretrained(tmp_path / "sparse")
     plain = condense_pretrained(tmp_path / "sparse", CONFIG, calibration=IDS)
     model = on_disk(tmp_path / "sparse", tmp_path / "offload")
     assert_same_plan(model.condense_plan, plain.condense_plan)
     assert in_layers(model) == {"meta"}
+    # Of all others, no copy is made.
+    layers = sorted(layer.layer for layer in plain.condense_plan.layers)
+    assert sorted(path.name for path in (tmp_path / "offload").iterdir()) == [f"condensed-{i}" for i in layers]
     model = on_disk(tmp_path / "sparse", tmp_path / "again", None, plan=plain.condense_plan)
     assert in_layers(model) == {"meta"}
     assert_same_weights(plain, model, tmp_path)
@@ -138,6 +145,33 @@ def test_one_layer_at_a_time_and_once_per_round(sparse: Path, tmp_path: Path, mo
     # model's output, and once in each of two rounds.
     first, *others = sorted(reads)
     assert dict(reads) == {first: 7, **dict.fromkeys(others, 6)}
+
+
+def test_a_layer_is_read_from_the_checkpoint_once_per_round(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[int] = Counter()
+    read = CheckpointLayers._read
+
+    def counting(self: CheckpointLayers, layer: int) -> dict[str, torch.Tensor]:
+        reads[layer] += 1
+        return read(self, layer)
+
+    monkeypatch.setattr(CheckpointLayers, "_read", counting)
+    model = on_disk(sparse, tmp_path)
+    # As above, and once more where it is condensed; the first block is probed again then.
+    condensed = {layer.layer for layer in model.condense_plan.layers}
+    assert reads == {0: 6, **{layer: 6 + 2 * (layer == 1) + (layer in condensed) for layer in (1, 2, 3)}}
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(sparse: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(sparse, broken)
+    weights = load_file(broken / "model.safetensors")
+    lost = next(name for name in weights if "layers.2" in name and "layernorm" in name)
+    save_file({name: weight for name, weight in weights.items() if name != lost}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks 1 of its weights"):
+        on_disk(broken, tmp_path / "offload")
 
 
 def test_weights_that_are_nowhere_are_refused(sparse: Path) -> None:

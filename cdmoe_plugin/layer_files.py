@@ -1,0 +1,113 @@
+"""Decoder layers that stay in the checkpoint's own files, where transformers reads each when its weights are needed.
+
+accelerate's hooks take a module's weights from a mapping by name. transformers fills that with copies on disk of all
+weights that it converts (which means the experts); the one here needs no copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .offload import offloading_hooks
+from .unread import Unread, layer_of
+
+
+class CheckpointLayers(Mapping[str, Tensor]):
+    """Weights of decoder layers by their names in the model, one layer in memory at a time.
+
+    Args:
+        sketch (`PreTrainedModel`): The model on the meta device; it is filled and emptied again.
+        layers_path (`str`): Name of the list of decoder layers in the model, such as "model.layers".
+        tensors (`dict[str, Unread]`): Those of the checkpoint.
+        load (`Callable`): The model class's `_load_pretrained_model`.
+        load_config: transformers' settings for it.
+    """
+
+    def __init__(
+        self, sketch: PreTrainedModel, layers_path: str, tensors: Mapping[str, Unread], load: Any, load_config: Any
+    ) -> None:
+        self.sketch = sketch
+        self.prefix = f"{layers_path}."
+        self.load = load
+        self.load_config = replace(load_config, device_map={"": "cpu"}, disk_offload_folder=None)
+        self.tensors: dict[int, dict[str, Unread]] = {}
+        for key, tensor in tensors.items():
+            layer = layer_of(key)
+            if layer is not None:
+                self.tensors.setdefault(layer, {})[key] = tensor
+        self.names = [name for name, _ in sketch.named_parameters() if name.startswith(self.prefix)]
+        self._layer: int | None = None
+        self._weights: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = int(name.removeprefix(self.prefix).partition(".")[0])
+        if layer != self._layer:
+            self._layer, self._weights = None, {}  # the layer before goes first
+            self._weights = self._read(layer)
+            self._layer = layer
+        return self._weights[name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        self.load(self.sketch, dict(self.tensors[layer]), None, self.load_config)
+        module = self.sketch.get_submodule(f"{self.prefix}{layer}")
+        weights = {f"{self.prefix}{layer}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        module.to("meta")
+        return weights
+
+
+def load_but_layers(
+    model: PreTrainedModel, layers_path: str, tensors: Mapping[str, Unread], load: Any, load_config: Any
+) -> tuple[Any, CheckpointLayers]:
+    """Loads all of a model but its decoder layers.
+
+    Args:
+        model (`PreTrainedModel`): On the meta device.
+        layers_path (`str`), tensors (`dict[str, Unread]`), load, load_config: As for `CheckpointLayers`.
+
+    Returns:
+        What transformers tells of the whole checkpoint's keys, and the layers.
+    """
+    sketch = copy.deepcopy(model)
+    # On the meta device nothing is read: what is missing or does not fit shows all the same.
+    shapes = {
+        key: torch.empty(tensor.shape, dtype=tensor.torch_dtype, device="meta") for key, tensor in tensors.items()
+    }
+    on_meta = replace(load_config, device_map={"": "meta"}, disk_offload_folder=None)
+    info, _ = load(sketch, shapes, None, on_meta)
+    # Hooks bring parameters, and no buffers. These may have other names on disk, but nothing that large is one.
+    saved = sketch.state_dict()
+    largest = max((buffer.numel() for name, buffer in sketch.named_buffers() if name in saved), default=0)
+    rest = {key: part for key, part in tensors.items() if layer_of(key) is None or math.prod(part.shape) <= largest}
+    load(model, rest, None, replace(load_config, device_map=_in_memory(load_config.device_map)))
+    # What saving has to undo is noted by what was converted.
+    model._weight_conversions = sketch._weight_conversions
+    return info, CheckpointLayers(sketch, layers_path, tensors, load, load_config)
+
+
+def _in_memory(device_map: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
+
+
+def bring_from(model: PreTrainedModel, layers: CheckpointLayers) -> None:
+    """Has accelerate's hooks take the weights of decoder layers from where they are."""
+    for module in model.modules():
+        for hook in offloading_hooks(module):
+            weights: Any = hook.weights_map
+            getattr(weights, "dataset", weights).state_dict = layers
