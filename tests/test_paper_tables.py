@@ -337,3 +337,37 @@ def test_baselines_are_compared_at_the_same_cost(paper: Any) -> None:
     points = [(0.5, 4.0), (0.8, 2.0), (1.0, 1.0)]
     assert paper.claims.interpolate(points, 0.9) == pytest.approx(1.5)
     assert paper.claims.interpolate(points, 0.4) is None
+
+
+def test_verdicts_on_what_is_kept(paper: Any, tmp_path: Path) -> None:
+    """At a third of six layers, and of what recovery adds to it."""
+    r = paper.results
+    results = r.Results(tmp_path / "r.csv", "model", "settings")
+    results.add(r.Cell("sparse", "sparse", r.Setting()), {"accuracy:x": 0.8, "accuracy_error:x": 0.01})
+    results.add(r.Cell("figure1", "greedy", r.Setting("condense")), {f"divergence_of_layer_{n}": 1.0 for n in range(6)})
+    for part, method, values in (
+        ("table1", "CD-MoE E(shared+0)", {1: 0.7, 2: 0.6, 3: 0.5}),
+        ("table1", "CD-MoE E(shared+2)", {1: 0.79, 2: 0.7, 3: 0.6}),
+        ("figure3", "LM+SFT E(shared+2)", {1: 0.8, 2: 0.82, 3: 0.7}),
+        ("figure3", "SFT E(shared+2)", {1: 0.8, 2: 0.7, 3: 0.6}),
+    ):
+        for n, value in values.items():
+            setting = r.Setting("condense", n, int(method[-2]), refit=part)
+            results.add(r.Cell(part, method, setting), {"accuracy:x": value})
+    found = {claim.text: (claim.verdict, claim.numbers) for claim in paper.claims.claims(results)}
+    # 0.7 is 2 points below 0.72, and 0.82 is 3.6 above 0.784.
+    verdict, numbers = found["CD-MoE E(shared+2) keeps 90% of the accuracy at a third of the layers"]
+    assert verdict == "does not hold"
+    assert numbers.startswith("87.5% at L2 of 6, ")
+    assert numbers.endswith("beyond 90% by -2.0 ± 1.0 (L2 -2.0; one seed)")
+    verdict, numbers = found["LM+SFT E(shared+2) keeps 98% of the accuracy at a third of the layers"]
+    assert verdict == "holds"
+    assert numbers.startswith("102.5% at L2 of 6, ")
+    verdict, numbers = found["LM+SFT E(shared+2) beats CD-MoE E(shared+2) at as many layers"]
+    assert (verdict, numbers) == ("holds", "+7.7 ± 1.0 (L1 +1.0, L2 +12.0, L3 +10.0; one seed)")
+    assert found["LM+SFT E(shared+2) beats SFT E(shared+2), fine-tuning alone"][0] == "holds"
+
+
+def test_an_advantage_that_grows(paper: Any) -> None:
+    grown = paper.claims.growth({1: {0: 1.0, 1: 2.0}, 2: {0: 9.0}, 3: {0: 4.0, 1: 1.0}})
+    assert grown == {3: {0: 3.0, 1: -1.0}}
