@@ -2,7 +2,8 @@
 A small fine-grained Mixture-of-Experts model, really trained, with nothing to download.
 
 The text is English that every Python brings along: the topics of `help()` and the docstrings of the standard library.
-The model has the form of DeepSeekMoE: many small experts, a shared one, softmax routing.
+The model has the form of DeepSeekMoE: many small experts, a shared one, softmax routing. A second one has that of
+Qwen1.5-MoE: a shared expert as large as four others, which a gate weighs token by token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -29,19 +31,20 @@ from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 import cdmoe_plugin  # noqa: F401  (makes transformers know the architecture "deepseek")
 
 VOCABULARY = 2048
-MODEL = {
+_SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "moe_intermediate_size": 32,
-    "n_routed_experts": 32,
     "num_experts_per_tok": 4,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 0,
     "norm_topk_prob": True,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
+}
+MODELS = {
+    "deepseek": {**_SIZES, "n_routed_experts": 32, "n_shared_experts": 2, "first_k_dense_replace": 0},
+    "qwen2_moe": {**_SIZES, "num_experts": 32, "shared_expert_intermediate_size": 128},
 }
 TRAINING = {"steps": 900, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
 
@@ -58,6 +61,7 @@ def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return rows[0], rows[1]
 
 
+@cache
 def split_documents(
     held_out_share: float = 0.06,
 ) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
@@ -135,19 +139,19 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Any:
-    """Trains the model on packed text; a minute or three on two cores."""
+def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], architecture: str = "deepseek") -> Any:
+    """Trains a model on packed text; a minute or three on two cores. `architecture`: one of `MODELS`."""
     torch.manual_seed(0)
     ids = [i for row in tokenizer(texts)["input_ids"] for i in [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]]
     config = AutoConfig.for_model(
-        "deepseek",
+        architecture,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         output_router_logits=True,
         router_aux_loss_coef=TRAINING["aux_loss"],
-        **MODEL,
+        **MODELS[architecture],
     )
     # On a CPU the loop over experts is many times slower than grouped products.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").train()
@@ -178,18 +182,25 @@ def batches(ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
         yield torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
-def train_or_load(cache_dir: Path) -> tuple[Any, PreTrainedTokenizerFast, list[str], list[str]]:
-    """The trained model and its tokenizer, from the cache where this very recipe has been run on this very text.
+def train_or_load(
+    cache_dir: Path, architecture: str = "deepseek"
+) -> tuple[Any, PreTrainedTokenizerFast, list[str], list[str]]:
+    """A trained model and its tokenizer, from the cache where this very recipe has been run on this very text.
+
+    Args:
+        cache_dir (`Path`): The cache.
+        architecture (`str`, defaults to "deepseek"): One of `MODELS`.
 
     Returns:
         Model, tokenizer, training documents, held-out documents.
     """
     texts, held_out = corpus()
-    recipe = json.dumps([VOCABULARY, MODEL, TRAINING, texts], sort_keys=True)
+    # The names of its sizes tell an architecture from the others.
+    recipe = json.dumps([VOCABULARY, MODELS[architecture], TRAINING, texts], sort_keys=True)
     folder = cache_dir / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if not folder.exists():
         tokenizer = train_tokenizer(texts)
-        model = train_model(tokenizer, texts)
+        model = train_model(tokenizer, texts, architecture)
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Written aside and moved: a run that is interrupted leaves no half a model behind.
         unfinished = Path(tempfile.mkdtemp(dir=cache_dir))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from paper_results import Results, Setting
@@ -116,8 +116,12 @@ COMPARISONS = (
 )
 
 
-def claims(results: Results) -> list[Claim]:
-    """All claims of the paper that the rows allow to judge."""
+# (table or figure, how its methods' names begin, share of the accuracy that the paper keeps at 9 of 27 layers)
+KEPT = (("table1", "CD-MoE", 0.9), ("figure3", "LM+SFT", 0.98))
+
+
+def claims(results: Results, second: Results | None = None) -> list[Claim]:
+    """All claims of the paper that the rows allow to judge; `second`: rows of another model."""
     found: list[Claim | None] = []
     for metric in main_metrics(results):
         error = accuracy_error(results) if metric == "accuracy" else 0.0
@@ -126,8 +130,20 @@ def claims(results: Results) -> list[Claim]:
             found.append(judge(text, metric, advantage(one, other, metric), error))
         found += [judge(text, metric, given, error) for text, given in _js(results, metric)]
         found += [judge(text, metric, given, error) for text, given in _table1(results, metric)]
+        found += [judge(text, metric, given, error) for text, given in _figure3(results, metric)]
+    found += [_kept(results, part, name, share) for part, name, share in KEPT]
     found.append(_ends(results))
+    if second is not None:
+        found += _second(second)
     return [claim for claim in found if claim is not None]
+
+
+def _second(results: Results) -> Iterator[Claim | None]:
+    """What is said of the first model's Table 1, of the second (Figure 4)."""
+    for metric in main_metrics(results):
+        error = accuracy_error(results) if metric == "accuracy" else 0.0
+        for text, given in _table1(results, metric):
+            yield judge(f"second model: {text}", metric, given, error)
 
 
 def _js(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
@@ -141,11 +157,59 @@ def _js(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
         yield f"JS beats {other.upper()} at many layers", given
 
 
+def without_and_with_experts(results: Results, part: str, name: str) -> tuple[str | None, str | None]:
+    """The two methods of a part whose names begin like this: with the shared experts alone, and with routed ones."""
+    methods = [m for m in dict.fromkeys(row.cell.method for row in results.of(part)) if m.startswith(f"{name} E(")]
+    without = next((m for m in methods if m.endswith("+0)")), None)
+    return without, next((m for m in methods if m != without), None)
+
+
+def _figure3(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
+    """What recovery wins back, and from where."""
+
+    def of(part: str, method: str) -> Curve:
+        return curve(results, part, method, metric)
+
+    without, with_experts = without_and_with_experts(results, "figure3", "LM+SFT")
+    for method in filter(None, (without, with_experts)):
+        before = method.replace("LM+SFT", "CD-MoE")
+        yield (
+            f"{method} beats {before} at as many layers",
+            advantage(of("figure3", method), of("table1", before), metric),
+        )
+    if with_experts:
+        alone = with_experts.removeprefix("LM+")
+        text = f"{with_experts} beats {alone}, fine-tuning alone"
+        yield text, advantage(of("figure3", with_experts), of("figure3", alone), metric)
+    if without and with_experts:
+        text = f"after recovery, routed experts help: {with_experts} beats {without}"
+        yield text, advantage(of("figure3", with_experts), of("figure3", without), metric)
+
+
+def _kept(results: Results, part: str, name: str, share: float) -> Claim | None:
+    """Whether this share of the sparse accuracy is kept at a third of the layers, or the next number above that."""
+    layers = {row.metric for row in results.of("figure1")}  # one for every sparse layer
+    _, method = without_and_with_experts(results, part, name)
+    sparse = _pick(results, results.known(Setting()), "accuracy")
+    if not layers or method is None or not sparse:
+        return None
+    accuracy = curve(results, part, method, "accuracy")
+    n = min((n for n in accuracy if 3 * n >= len(layers)), default=None)
+    if n is None:
+        return None
+    ahead = {n: {seed: value - share * sparse for seed, value in accuracy[n].items()}}
+    text = f"{method} keeps {share:.0%} of the accuracy at a third of the layers"
+    claim = judge(text, "accuracy", ahead, accuracy_error(results))
+    costs = (_first(curve(results, part, method, cost)).get(n) for cost in ("memory", "speedup"))
+    memory, speed = ("?" if cost is None else f"{cost:.2f}" for cost in costs)
+    kept = statistics.fmean(accuracy[n].values()) / sparse
+    numbers = f"{kept:.1%} at L{n} of {len(layers)}, with {memory} of the memory and {speed} times the speed"
+    return claim and replace(claim, numbers=f"{numbers}; beyond {share:.0%} by {claim.numbers}")
+
+
 def _table1(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
-    condensed = [m for m in dict.fromkeys(r.cell.method for r in results.of("table1")) if m.startswith("CD-MoE")]
-    curves = {m: curve(results, "table1", m, metric) for m in condensed}
-    without = next((m for m in condensed if m.endswith("+0)")), None)
-    with_experts = next((m for m in condensed if m != without), None)
+    without, with_experts = without_and_with_experts(results, "table1", "CD-MoE")
+    curves = {m: curve(results, "table1", m, metric) for m in (without, with_experts) if m}
     if without and with_experts:
         text = "routed experts help: E(shared+K) beats E(shared+0)"
         yield text, advantage(curves[with_experts], curves[without], metric)
@@ -156,6 +220,15 @@ def _table1(results: Results, metric: str) -> Iterator[tuple[str, Curve]]:
             for cost, name in (("memory", "memory"), ("speedup", "speed")):
                 given = at_same_cost(results, method, baseline, metric, cost)
                 yield f"{method} beats {baseline} at the same {name}", given
+                if cost == "memory" and len(given) > 1:
+                    text = f"the more layers, the more {method} is ahead of {baseline} at the same memory"
+                    yield text, growth(given)
+
+
+def growth(advantages: Curve) -> Curve:
+    """How much larger an advantage is at most layers than at fewest."""
+    few, many = min(advantages), max(advantages)
+    return {many: {s: advantages[many][s] - advantages[few][s] for s in advantages[many] if s in advantages[few]}}
 
 
 def at_same_cost(results: Results, method: str, baseline: str, metric: str, cost: str) -> Curve:

@@ -16,8 +16,14 @@ TITLES = {
     "table2": "Table 2. Expert selection",
     "table3": "Table 3. Layer selection",
     "table4": "Table 4. Metric of the layer search",
+    "figure3": "Figure 3. Recovered models",
     "figure5": "Figure 5. Calibration data",
     "refit": "Beyond the paper: refit",
+}
+FIGURES = {
+    "figure2": "condensed and trimmed models",
+    "figure3": "condensed models before and after recovery",
+    "figure4": "the same for another model",
 }
 
 
@@ -39,12 +45,14 @@ def draw(results: Results, folder: Path, only: Sequence[str], second: Results | 
     folder.mkdir(parents=True, exist_ok=True)
     sections = [about(results)]
     if "table1" in only:
-        sections.append(table1(results))
+        sections.append(table1(results, "Table 1. Against the baselines"))
     for part, title in TITLES.items():
         if part in only and results.of(part):
             sections.append(by_layers(results, part, title))
+    if "figure4" in only and second is not None:
+        sections.append(table1(second, f"Figure 4. Another model, {second.model}"))
     sections.append(figures(results, folder, only, second))
-    sections.append(claims_text(results))
+    sections.append(claims_text(results, second if "figure4" in only else None))
     text = "\n\n".join(section for section in sections if section) + "\n"
     (folder / "tables.md").write_text(text, encoding="utf-8")
     return text
@@ -58,7 +66,7 @@ def about(results: Results) -> str:
     )
 
 
-def table1(results: Results) -> str:
+def table1(results: Results, title: str) -> str:
     """Method, layers, cost, every task, their average and the loss."""
     tasks = sorted({metric for _, metric in results.rows if metric.startswith("accuracy:")})
     losses = ["loss"] if any(metric == "loss" for _, metric in results.rows) else []
@@ -76,7 +84,7 @@ def table1(results: Results) -> str:
             costs = (f"{speeds[0]:.2f}x" if speeds else "", f"{memory[0]:.1%}" if memory else "")
             rows.append((method, n, *costs, *(cell_text(m, list(curves[m].get(n, {}).values())) for m in columns)))
     header = ["method", "layers", "speed", "memory", *(column.removeprefix("accuracy:") for column in columns)]
-    return f"### Table 1. Against the baselines\n\n{format_table(header, rows)}" if rows else ""
+    return f"### {title}\n\n{format_table(header, rows)}" if rows else ""
 
 
 def value(known: dict[str, float], metric: str) -> float:
@@ -127,16 +135,16 @@ def figures(results: Results, folder: Path, only: Sequence[str], second: Results
     done, left_out = [], []
     if "figure1" in only and figure1(results, folder / "figure1.png"):
         done.append("figure1.png: divergence of the model's output when one layer alone is condensed")
-    for name, source, also in (("figure2", results, None), ("figure3", results, "figure3"), ("figure4", second, None)):
+    for name, source in (("figure2", results), ("figure3", results), ("figure4", second)):
         if name not in only:
             continue
-        if name == "figure4" and source is None:
-            left_out.append("Figure 4 is left out: it is Figure 2 for a second model (--second_dir)")
-        elif name == "figure3" and not results.of("figure3"):
-            left_out.append("Figure 3 is left out: no recovered models were measured (--recovery_dir)")
-        elif source is not None and source.of("table1"):
-            against_costs(source, folder / f"{name}.png", also)
-            done.append(f"{name}.png: against speed and memory")
+        if name == "figure3" and not results.of("figure3"):
+            left_out.append("Figure 3 is left out: no recovered models were measured (--recovery_config)")
+        elif source is None:
+            left_out.append("Figure 4 is left out: it is Figure 2 for a second model (--second_model_name_or_path)")
+        elif lines := lines_of(source, name):
+            against_costs(source, lines, folder / f"{name}.png")
+            done.append(f"{name}.png: {FIGURES[name]}, against speed and memory")
     if "figure5" in only and results.of("figure5"):
         figure5(results, folder / "figure5.png")
         done.append("figure5.png: texts or questions as calibration data")
@@ -174,22 +182,29 @@ def figure1(results: Results, path: Path) -> bool:
     return True
 
 
-def against_costs(results: Results, path: Path, also: str | None) -> None:
+def lines_of(results: Results, name: str) -> list[tuple[str, str]]:
+    """Table or figure and method of what Figures 2 to 4 compare."""
+    lines = list(dict.fromkeys(("table1", row.cell.method) for row in results.of("table1")))
+    if name != "figure3":
+        return lines
+    recovered = dict.fromkeys(("figure3", row.cell.method) for row in results.of("figure3"))
+    return [*(line for line in lines if line[1].startswith("CD-MoE")), *recovered]
+
+
+def against_costs(results: Results, lines: Sequence[tuple[str, str]], path: Path) -> None:
     """Accuracy and loss against speed (left) and memory (right), as in Figures 2 to 4."""
     metrics = main_metrics(results)
     figure, axes = new_figure(len(metrics), 2)
     for i, metric in enumerate(metrics):
         for j, cost in enumerate(("speedup", "memory")):
             axis = axes[i, j]
-            for method in dict.fromkeys(row.cell.method for row in results.of("table1")):
-                values, costs = (curve(results, "table1", method, m) for m in (metric, cost))
+            for part, method in lines:
+                values, costs = (curve(results, part, method, m) for m in (metric, cost))
                 points = [(mean(costs[n]), values[n].values()) for n in sorted(values) if n in costs]
                 errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
                 means = [statistics.fmean(v) for _, v in points]
-                axis.errorbar([x for x, _ in points], means, errors, marker="o", capsize=2, label=method)
-            for method in dict.fromkeys(row.cell.method for row in results.of(also or "")):
-                values, costs = (curve(results, also or "", method, m) for m in (metric, cost))
-                axis.plot([mean(costs[n]) for n in values], [mean(values[n]) for n in values], "*", label=method)
+                form = {"marker": "*", "linestyle": "--"} if part == "figure3" else {"marker": "o"}
+                axis.errorbar([x for x, _ in points], means, errors, **form, capsize=2, label=method)
             axis.axhline(value(results.known(Setting()), metric), color="grey", linestyle=":", label="sparse")
             axis.set(xlabel="speed-up" if cost == "speedup" else "memory ratio", ylabel=label(metric))
     axes[0, 0].legend(fontsize=7)
@@ -214,8 +229,8 @@ def figure5(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def claims_text(results: Results) -> str:
-    found = claims(results)
+def claims_text(results: Results, second: Results | None) -> str:
+    found = claims(results, second)
     if not found:
         return ""
     rows = [(c.text, c.metric, c.verdict, c.numbers) for c in found]

@@ -9,7 +9,8 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,18 @@ def write_passage_task(folder: Path, texts: Sequence[str], questions: int = 200,
     the continuations of other passages only says which has the more frequent words.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{PASSAGE_TASK}.jsonl"
+    write_rows(data, passage_questions(texts, questions, seed))
+    text = _YAML.format(name=PASSAGE_TASK, data=json.dumps(str(data.resolve())))
+    (folder / f"{PASSAGE_TASK}.yaml").write_text(text, encoding="utf-8")
+
+
+def passage_questions(texts: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with a "passage", four "choices", and as "label" which of them is right."""
     rng = random.Random(seed)
     documents = [words for text in texts if len(words := text.split()) >= 2 * _PASSAGE]
-    rows = []
-    while len(rows) < questions:
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
         document = rng.choice(documents)
         start = rng.randrange(len(document) - _PASSAGE - _CONTINUATION + 1)
         passage = document[start : start + _PASSAGE]
@@ -61,10 +70,12 @@ def write_passage_task(folder: Path, texts: Sequence[str], questions: int = 200,
         label = rng.randrange(4)
         choices[0], choices[label] = choices[label], choices[0]
         rows.append({"passage": " ".join(passage), "choices": choices, "label": label})
-    data = folder / f"{PASSAGE_TASK}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = _YAML.format(name=PASSAGE_TASK, data=json.dumps(str(data.resolve())))
-    (folder / f"{PASSAGE_TASK}.yaml").write_text(text, encoding="utf-8")
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def swapped(words: Sequence[str], i: int, j: int) -> tuple[str, ...]:
@@ -96,6 +107,14 @@ class Tasks:
         self.manager = TaskManager(include_path=path, include_defaults=include is None)
         self.names, self.limit, self.batch_size = names, limit, batch_size
 
+    @cached_property
+    def _loaded(self) -> Any:
+        """The tasks, zero-shot, opened when they are first needed."""
+        loaded = self.manager.load(list(self.names))
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        return loaded
+
     def accuracy(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """`accuracy:TASK` and `accuracy_error:TASK`, the standard error over questions."""
         if not self.names:
@@ -107,11 +126,10 @@ class Tasks:
             device=str(model.device),
             backend="causal",
         )
-        found: Any = lm_eval.simple_evaluate(
+        # `simple_evaluate` would build the tasks anew for every model, and ask the machine for its packages each time.
+        found: Any = lm_eval.evaluate(
             wrapped,
-            tasks=list(self.names),
-            task_manager=self.manager,
-            num_fewshot=0,
+            self._loaded,
             limit=self.limit,
             bootstrap_iters=100,  # none would give no standard error; that of a mean needs no draws
             log_samples=False,
@@ -124,9 +142,9 @@ class Tasks:
             values[f"accuracy_error:{name}"] = float(error) if isinstance(error, (int, float)) else 0.0
         return values
 
-    def questions(self, count: int, seed: int = 0) -> list[str]:
-        """Questions of all tasks, the same number of each, as calibration texts (Figure 5)."""
-        tasks = list(self.manager.load(list(self.names))["tasks"].values())
+    def questions(self, count: int, seed: int) -> list[str]:
+        """Questions of all tasks, the same number of each, drawn by `seed`, as calibration texts (Figure 5)."""
+        tasks = list(self._loaded["tasks"].values())
         rng = random.Random(seed)
         texts = []
         for task in tasks:

@@ -20,12 +20,14 @@ class Setting:
     """All that a measured model depends on, beside the sparse model and the settings of the whole run.
 
     Args:
-        form (`str`): A form of `CondensePlan`, "sparse", or "recovered" (a checkpoint of recovery.py).
+        form (`str`): A form of `CondensePlan`, "sparse", "recovered" (condensed, then trained), or "checkpoint" (one of
+            --recovery_dir).
         layers (`int`), experts (`int`): Number of condensed layers, and of routed experts kept in each.
         seed (`int`): Of the calibration draw, and of the draw of random experts.
         expert_selection, layer_selection, divergence (`str`): As in `CondenseConfig` (`metric` there).
         calibration (`str`): "texts" or "questions".
-        refit (`str`): As in `CondenseConfig`, or "none".
+        refit (`str`): As in `CondenseConfig`, or "none"; of a recovered model its stages and their config, of a
+            checkpoint its name.
     """
 
     form: str = "sparse"
@@ -100,6 +102,10 @@ class Results:
     def _keep(self, row: Row) -> None:
         self.rows[row.cell, row.metric] = row.value
         self._by_setting.setdefault(row.cell.setting, {})[row.metric] = row.value
+
+    def measured(self) -> list[Setting]:
+        """Of all models of which anything has been measured."""
+        return list(self._by_setting)
 
     def known(self, setting: Setting) -> dict[str, float]:
         """What has been measured of a model, for whatever place."""

@@ -5,9 +5,9 @@ python recipes/benchmarks/paper_tables.py
 
 Without options: the quickstart's model, a multiple-choice task of its held-out documents, three seeds; under half an
 hour on two cores. Every measurement is a row of results.csv in the output folder, written as it comes: the same command
-goes on where it was interrupted. tables.md and the figures are drawn from that file alone (--draw_only). Figure 4 is
-Figure 2 for a second model: give its output folder as --second_dir. Figure 3 shows what recovery.py trained: give its
-output folder as --recovery_dir.
+goes on where it was interrupted. tables.md and the figures are drawn from such files alone (--draw_only).
+Figure 3 trains condensed models with recipes/lm_then_sft.py (`pip install ".[recipes]"`). Figure 4 is Figure 2 for a
+second model, whose rows are in the folder `second`: here a small one of Qwen1.5-MoE's kind, trained if it is missing.
 Beyond the paper: three more expert selections in Table 2, and what `refit` closes of the gap to the sparse model.
 
 DeepSeekMoE-16B with the paper's eight tasks:
@@ -16,7 +16,13 @@ python recipes/benchmarks/paper_tables.py --model_name_or_path deepseek-ai/deeps
     --tasks arc_challenge,boolq,hellaswag,openbookqa,piqa,rte,winogrande,mmlu --layers 3,6,9,12,15 --num_experts 6 \
     --num_samples 100 --max_length 512 --batch_size 16 --seeds 0 --output_dir outputs/paper-deepseek
 
-By an estimate (BENCHMARKS.md), that takes 65 GB of GPU memory and, per seed, 33 hours of an A100: 27 for 86
+Figure 4 needs `--second_model_name_or_path Qwen/Qwen1.5-MoE-A2.7B` as well, or the output folder of a run on that model
+with settings of its own (`--num_experts 4`) as --second_dir. Figure 3 needs `--recovery_config
+recipes/configs/recover-deepseek-moe-16b.yaml`, which trains three models per number of layers, one after the other in
+this process; or train them on several GPUs, call their folders "LM+SFT E(shared+6)-L9" and the like (claims are judged
+by these names), and give the folder that these are in as --recovery_dir.
+
+By an estimate (BENCHMARKS.md), all else takes 65 GB of GPU memory and, per seed, 33 hours of an A100: 27 for 86
 evaluations, 6 for the searches. `--only table1,figure2` needs 21 evaluations and 3 searches; `--limit 200` (questions
 per task) makes each evaluation four times as fast.
 """
@@ -30,12 +36,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars
 from paper_bench import PARTS, Bench
 from paper_drawing import draw
 from paper_models import PASSAGE_TASK, Opener, write_passage_task
+from paper_recovery import QUICKSTART, Recovery, write_quickstart_data
 from paper_results import Results
 from transformers.utils import logging
 
+CSV = "results.csv"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -69,25 +78,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--output_dir", type=Path, default=Path("outputs/paper"))
     add("--cache_dir", type=Path, default=Path(".cache/quickstart"), help="keeps the quickstart's trained model")
     add("--quickstart_dir", type=Path, default=Path("outputs/quickstart"))
-    add("--recovery_dir", type=Path, help="output folder of recovery.py, for Figure 3")
-    add("--second_dir", type=Path, help="output folder of this program for a second model, for Figure 4")
+    add("--recovery_config", type=Path, help="options of recipes/lm_then_sft.py as YAML, to train Figure 3's models")
+    add("--recovery_dir", type=Path, help="folder of recovered checkpoints for Figure 3, such as recovery.py's output")
+    add("--second_model_name_or_path", help="sparse checkpoint for Figure 4, measured with the first seed")
+    add("--second_dir", type=Path, help="output folder of this program for a second model, instead of measuring one")
     add("--only", type=_names, default=list(PARTS), help=f"some of {','.join(PARTS)}")
     add("--draw_only", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
     unknown = sorted(set(args.only) - set(PARTS))
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    if args.second_dir is not None and args.second_model_name_or_path is not None:
+        parser.error("--second_dir has been measured already: leave out --second_model_name_or_path.")
     return args
 
 
-def complete(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
-    """Fills in what was not given; returns calibration data, and held-out texts if there are any."""
+def complete(args: argparse.Namespace) -> tuple[Any, list[str] | None, Recovery | None]:
+    """Fills in what was not given; returns calibration data, and held-out texts and a recovery if there are any."""
     quickstart = args.model_name_or_path is None
     defaults: dict[str, Any] = {"layers": [3, 6, 9, 12, 15], "num_experts": 6, "num_samples": 100, "max_length": 512}
-    calibration, texts = args.calibration, None
+    calibration, texts, data = args.calibration, None, {}
     if quickstart:
         defaults = {"layers": [2, 4, 6, 8], "num_experts": 4, "num_samples": 32, "max_length": 256}
-        documents, texts = quickstart_model(args)
+        documents, texts, data = quickstart_models(args)
         calibration = args.calibration or documents
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -101,21 +114,39 @@ def complete(args: argparse.Namespace) -> tuple[Any, list[str] | None]:
             write_passage_task(args.include_path, texts)
     if not args.tasks and not texts:
         raise ValueError("Nothing would be measured: give --tasks, --held_out, or both.")
-    return calibration, texts
+    recovery = None
+    if args.recovery_config is not None and "figure3" in args.only:
+        folder = args.output_dir / "recovered"
+        recovery = Recovery(args.recovery_config, args.model_name_or_path, folder, data)
+    return calibration, texts, recovery
 
 
-def quickstart_model(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The quickstart's sparse checkpoint, written if it is not there; its training and its held-out documents."""
+def quickstart_models(args: argparse.Namespace) -> tuple[list[str], list[str], dict[str, Path]]:
+    """Fills in the quickstart's checkpoints and recovery; returns calibration and held-out texts, and training data."""
     sys.path.insert(0, str(EXAMPLES))
-    from tiny_moe import corpus, train_or_load
+    from tiny_moe import corpus
 
-    folder = args.quickstart_dir / "sparse"
-    args.model_name_or_path = str(folder)
+    documents, texts = corpus()
+    args.model_name_or_path = quickstart_checkpoint(args, "sparse", "deepseek")
+    if "figure4" in args.only and args.second_model_name_or_path is None and args.second_dir is None:
+        args.second_model_name_or_path = quickstart_checkpoint(args, "second", "qwen2_moe")
+    data = {}
+    if "figure3" in args.only and args.recovery_config is None:
+        args.recovery_config = QUICKSTART
+        data = write_quickstart_data(args.output_dir / "recovered", documents)
+    return documents, texts, data
+
+
+def quickstart_checkpoint(args: argparse.Namespace, name: str, architecture: str) -> str:
+    """A sparse checkpoint of the quickstart's kind, written if it is not there."""
+    from tiny_moe import train_or_load
+
+    folder = args.quickstart_dir / name
     if not (folder / "config.json").exists() or not (folder / "tokenizer.json").exists():
-        model, tokenizer, _, _ = train_or_load(args.cache_dir)
+        model, tokenizer, _, _ = train_or_load(args.cache_dir, architecture)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return corpus()
+    return str(folder)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -140,15 +171,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = args.output_dir / "results.csv"
-    if args.draw_only:
-        results = Results(path)
-    else:
-        calibration, texts = complete(args)
-        results = Results(path, Opener(args.model_name_or_path).identity(), run_settings(args))
-        Bench(args, calibration, texts, results).run()
-    second = None if args.second_dir is None else Results(args.second_dir / "results.csv")
-    print(draw(results, args.output_dir, args.only, second))
+    disable_progress_bars()
+    if not args.draw_only:
+        calibration, texts, recovery = complete(args)
+        benches = [make_bench(args, calibration, texts, recovery)]
+        if args.second_model_name_or_path is not None and "figure4" in args.only:
+            benches.append(make_bench(second_arguments(args), calibration, texts))
+        for bench in benches:
+            bench.check()
+        for bench in benches:
+            bench.run()
+    folder = args.second_dir or second_arguments(args).output_dir
+    second = Results(folder / CSV) if args.second_dir or (folder / CSV).exists() else None
+    print(draw(Results(args.output_dir / CSV), args.output_dir, args.only, second))
+
+
+def make_bench(
+    args: argparse.Namespace, calibration: Any, texts: list[str] | None, recovery: Recovery | None = None
+) -> Bench:
+    """What measures one sparse model, and what becomes of it."""
+    results = Results(args.output_dir / CSV, Opener(args.model_name_or_path).identity(), run_settings(args))
+    return Bench(args, calibration, texts, results, recovery)
+
+
+def second_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """What is measured of the second model: Table 1, in a folder of its own, with one seed."""
+    given = {"model_name_or_path": args.second_model_name_or_path, "output_dir": args.output_dir / "second"}
+    return argparse.Namespace(**{**vars(args), **given, "only": ["table1"], "seeds": args.seeds[:1]})
 
 
 if __name__ == "__main__":
