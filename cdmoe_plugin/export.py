@@ -73,10 +73,10 @@ def export_stock(
 ) -> StockExport:
     """Writes a model as a checkpoint of its base architecture, in which condensed layers are plain dense ones.
 
-    transformers opens it without this package, and so does whatever else reads that architecture. All dense layers of
-    an architecture share one width in its config; narrower ones, trimmed ones too, are padded with neurons whose
-    weights are zeros, which changes nothing but the order of rounding. A model whose blocks were trimmed is of its own
-    architecture anyway, and is written as it is.
+    transformers opens it without this package, and so does whatever else goes by the same fields of the config. All
+    dense layers of an architecture share one width there; narrower ones, trimmed ones too, are padded with neurons
+    whose weights are zeros, which changes nothing but the order of rounding. A model whose blocks were trimmed is of
+    its own architecture anyway, and is written as it is.
 
     Args:
         model (`PreTrainedModel`): A condensed or trimmed model in memory, on one device; it is not changed.

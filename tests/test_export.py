@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, export_stock
@@ -178,6 +178,26 @@ def test_bfloat16(model_type: str, tmp_path: Path) -> None:
     assert stock.dtype == torch.bfloat16
     assert torch.equal(stock.model.layers[1].mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight)
     assert torch.allclose(output(stock).float(), output(model).float(), rtol=2e-2, atol=2e-2)
+
+
+def test_of_an_opened_checkpoint(tmp_path: Path) -> None:
+    """With a tied head, from disk, and of a classifier on the same decoder."""
+    model = condensed("qwen3_moe", [1, 2], tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "condensed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "condensed")
+    export_stock(again, tmp_path / "stock")
+    stock = opened(again, tmp_path / "stock")
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+    assert "lm_head.weight" not in keys_on_disk(tmp_path / "stock")
+    assert same(output(stock), output(model))
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "condensed").eval()
+    export_stock(classifier, tmp_path / "classifier")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert type(stock).__name__ == "Qwen3MoeForSequenceClassification"
+    ids = torch.tensor(random_ids(1, 9))
+    with torch.no_grad():
+        assert same(stock(input_ids=ids).logits, classifier(input_ids=ids).logits)
 
 
 def test_training_goes_on_from_it(tmp_path: Path) -> None:
