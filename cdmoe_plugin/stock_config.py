@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .dense_markers import MARKERS, Marker
 from .modeling_cdmoe import CondensedMLP, Trimmed
@@ -60,8 +60,9 @@ def stock_form(model: Any) -> StockForm:
         UnsupportedModelError: if there is none, naming the field, the layers and the reason.
     """
     specs: dict[str, Any] = model.config.condense_config["condensed_layers"]
-    config = base_config(model)
-    what = f"model type {config.model_type!r} can't say this condensed model"
+    config = model.config
+    base_type = type(model)._base_class.config_class.model_type
+    what = f"the config of model type {base_type!r} can't say this condensed model"
     if config.get_text_config() is not config:
         raise UnsupportedModelError(f"{what}: the decoder is part of a larger model. {_ADVICE}")
     sources = _dense_sources(model, specs)
@@ -77,12 +78,10 @@ def stock_form(model: Any) -> StockForm:
             continue
         for fields in _with_widths(config, update, width):
             try:
-                edited = _edited(config, fields)
-                with torch.device("meta"):
-                    stock = type(model)._base_class(edited)
+                stock = _sketch(model, fields)
                 places = _compare(model, stock, specs, sources, width)
                 changed = {name: v for name, v in fields.items() if getattr(config, name) != v}
-                return StockForm(edited, changed, width, places)
+                return StockForm(stock.config, changed, width, places)
             except _Mismatch as error:
                 reasons.append(f"with {named} changed, {error}")
     if not reasons:
@@ -98,24 +97,17 @@ def _what_lacks(marker: Marker, config: Any, dense: set[int]) -> str:
     return f"but dense would be {sorted(dense)} of {total}"
 
 
-def base_config(model: Any) -> Any:
-    """The config of a condensed model without what makes it a condensed one."""
-    fields = model.config.to_dict()
-    config_class = type(model)._base_class.config_class
-    return config_class.from_dict({name: v for name, v in fields.items() if name not in _CONDENSED_FIELDS})
-
-
-def _edited(config: PreTrainedConfig, fields: dict[str, Any]) -> Any:
-    """The config as it will be read from a file with these fields."""
-    fields = {config.attribute_map.get(name, name): value for name, value in fields.items()}
+def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
+    """The base architecture's model on the meta device, from what a file with these config fields would say."""
+    config = model.config
+    values = {name: value for name, value in config.to_dict().items() if name not in _CONDENSED_FIELDS}
+    values |= {config.attribute_map.get(name, name): value for name, value in fields.items()}
+    base_class = type(model)._base_class
     try:
-        edited = type(config).from_dict(json.loads(json.dumps(config.to_dict() | fields)))
-    except Exception as error:  # configs refuse what they do not understand in many ways
-        raise _Mismatch(f"the config is refused: {error}") from error
-    wrong = {name: getattr(edited, name) for name, value in fields.items() if getattr(edited, name) != value}
-    if wrong:
-        raise _Mismatch(f"the config would be read as {wrong}")
-    return edited
+        with torch.device("meta"):
+            return base_class(base_class.config_class.from_dict(json.loads(json.dumps(values))))
+    except Exception as error:  # configs and models refuse what they do not understand in many ways
+        raise _Mismatch(f"it is refused: {error}") from error
 
 
 def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[dict[str, Any]]:
