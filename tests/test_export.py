@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, export_stock
 from cdmoe_plugin.condensed import condensed_layers
-from cdmoe_plugin.divergence import js_divergence
 from cdmoe_plugin.export import StockExport
 from cdmoe_plugin.sparse import UnsupportedModelError
 
-from .conftest import IDS, differing, keys_on_disk, some_plan, sparse_model, state_of
-from .tiny_models import ARCHITECTURES, available, random_ids, tiny_model
+from .conftest import differing, keys_on_disk, some_plan, sparse_model, state_of
+from .exporting import CASES, condensed, opened, output, same
+from .tiny_models import random_ids, tiny_model
 from .trimming import first_output, trim_plan
-
-ANY = ([1], [2], [3, 1], [1, 2, 3])
-PREFIX = ([1], [2, 1], [1, 2, 3])
-# What each config can say of four layers, of which the first is dense from the start; all others can say nothing.
-EXACT: dict[str, tuple[list[int], ...]] = {
-    **dict.fromkeys(["bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "flint", "glm4_moe_lite"], ANY),
-    **dict.fromkeys(["glm_moe_dsa", "hy_v3", "kimi_linear", "laguna", "beam", "mellum", "mimo_v2_flash"], ANY),
-    **dict.fromkeys(["qwen3_moe", "deepseek_ocr2_text", "unlimited_ocr_text", "mistral_large4_text"], ANY),
-    **dict.fromkeys(["qwen3_vl_moe_text", "qwen3_omni_moe_text"], ANY),
-    **dict.fromkeys(["afmoe", "deepseek", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe"], PREFIX),
-    **dict.fromkeys(["mistral4", "lfm2_moe", "glm4v_moe_text"], PREFIX),
-    "ernie4_5_moe": ([1], [2], [3], [1, 3], [1, 2, 3]),
-    "jamba": ([1, 3],),
-    "granitemoehybrid": ([0, 1, 2, 3],),
-}
-GATED = ["qwen2_moe", "qwen3_next"]
-NEVER = [name for name in ARCHITECTURES if name not in EXACT and name not in GATED]
-CASES = [(name, layers) for name, sets in EXACT.items() for layers in sets if name == "deepseek" or available(name)]
-
-
-def condensed(model_type: str, layers: list[int], **overrides: Any) -> PreTrainedModel:
-    model = tiny_model(model_type, **overrides) if overrides else sparse_model(model_type)
-    return apply_plan(model, some_plan(layers))
-
-
-def opened(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The checkpoint in the class that the model had before it was condensed."""
-    return type(model)._base_class.from_pretrained(folder)
-
-
-def output(model: PreTrainedModel) -> Tensor:
-    return torch.cat(first_output(model, IDS))
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Not bitwise: a sum over more neurons, zeros among them, may be added up in another order."""
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
-
-
-# --- exact ---
 
 
 @pytest.mark.parametrize(("model_type", "layers"), CASES)
@@ -238,164 +193,3 @@ def test_trimmed_blocks(tmp_path: Path) -> None:
     assert type(stock) is type(model)
     assert len(stock.model.layers) == 2
     assert torch.equal(output(stock), output(model))
-
-
-# --- refused ---
-
-
-@pytest.mark.parametrize("model_type", [name for name in NEVER if available(name)])
-def test_no_dense_layers(model_type: str, tmp_path: Path) -> None:
-    model = condensed(model_type, list(ARCHITECTURES[model_type].sparse_layers))
-    with pytest.raises(UnsupportedModelError, match=f"{model_type}. can't say .* Keep the condensed checkpoint"):
-        export_stock(model, tmp_path / "stock", approximate=True, calibration=IDS)
-    assert not (tmp_path / "stock").exists()
-
-
-@pytest.mark.parametrize(
-    ("model_type", "layers", "message"),
-    [
-        (
-            "deepseek_v3",
-            [2],
-            r"`first_k_dense_replace` .* but dense would be \[0, 2\] of 4: \[1\] would have to be, too",
-        ),
-        ("deepseek", [3], r"`moe_layer_freq` .* \[0, 3\] of 4: \[1, 2\] would have to be"),
-        ("lfm2_moe", [3], r"`num_dense_layers` .* the first layers are dense"),
-        ("granitemoehybrid", [0, 1], r"`num_local_experts` .* all layers .* \[2, 3\] would have to be"),
-        ("axk2", [1], "layers.1.post_attention_layernorm would be AXK2RMSNorm instead of AXK2GatedRMSNorm"),
-        ("mixtral", [1], "has no field that says that a layer is dense"),
-        ("granitemoeshared", [0, 1, 2, 3], "instead of one dense MLP"),
-        ("qwen2_moe", [1, 3], r"layers \[1, 3\] scale their shared expert by a gate per token.* `approximate=True`"),
-    ],
-)
-def test_refusals_name_the_reason(model_type: str, layers: list[int], message: str, tmp_path: Path) -> None:
-    model = condensed(model_type, layers)
-    (tmp_path / "mine").write_text("1")
-    with pytest.raises(UnsupportedModelError, match=message):
-        export_stock(model, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_other_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What classes and shapes don't show, a few tokens do."""
-    model = condensed("qwen3_moe", [1])
-    stock_class = type(model)._base_class
-    init = stock_class.__init__
-
-    def louder(self: Any, config: Any) -> None:
-        init(self, config)
-        self.model.layers[1].mlp.register_forward_hook(lambda _m, _a, output: 1.1 * output)
-
-    monkeypatch.setattr(stock_class, "__init__", louder)
-    with pytest.raises(UnsupportedModelError, match="'qwen3_moe' computes something else"):
-        export_stock(model, tmp_path / "stock")
-    assert not (tmp_path / "stock").exists()
-
-
-def test_loaded_otherwise(tmp_path: Path) -> None:
-    model = condensed("qwen3_moe", [1])
-    with pytest.raises(ValueError, match="should be a loaded PreTrainedModel, but is a Linear"):
-        export_stock(torch.nn.Linear(1, 1), tmp_path)  # type: ignore[arg-type]
-    model.save_pretrained(tmp_path / "condensed")
-    with pytest.raises(ValueError, match="it holds a condensed checkpoint"):
-        export_stock(model, tmp_path / "condensed")
-    offloaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "condensed",
-        device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-        | {"lm_head": "cpu"},
-        offload_folder=tmp_path / "offload",
-    )
-    with pytest.raises(ValueError, match=r"weights are on \['cpu', 'meta'\]: open it whole on one"):
-        export_stock(offloaded, tmp_path / "stock")
-
-
-def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = condensed("qwen3_moe", [1])
-    save = type(model)._base_class.save_pretrained
-
-    def fail(self: Any, folder: Any, **kwargs: Any) -> None:
-        save(self, folder, **kwargs)
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(model)._base_class, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
-        export_stock(model, tmp_path / "stock")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_readers_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.enable_propagation()
-    try:
-        export_stock(condensed("exaone_moe", [1]), tmp_path / "prefix")
-        assert "misread" not in caplog.text
-        export_stock(condensed("exaone_moe", [2]), tmp_path / "middle")
-        assert "dense layers [0, 2], which its `first_k_dense_replace` (1) can't" in caplog.text
-    finally:
-        logging.disable_propagation()
-    config = json.loads((tmp_path / "prefix" / "config.json").read_text())
-    assert config["mlp_layer_types"] == ["dense", "dense", "sparse", "sparse"]
-    assert config["first_k_dense_replace"] == 2
-
-
-# --- approximate ---
-
-
-@torch.no_grad()
-def naive_gates(model: PreTrainedModel, layers: list[int]) -> dict[int, float]:
-    """Mean gate of the shared expert over tokens, one sequence after the other."""
-    seen: dict[int, list[float]] = {layer: [] for layer in layers}
-    for layer in layers:
-        mlp = model.model.layers[layer].mlp
-
-        def record(_module: Any, args: Any, mlp: Any = mlp, layer: int = layer) -> None:
-            scores = args[0].reshape(-1, 32) @ mlp.shared_expert_gate.weight[0]
-            seen[layer] += [float(1 / (1 + torch.exp(-score))) for score in scores]
-
-        mlp.register_forward_pre_hook(record)
-    for row in SAMPLES:
-        model(input_ids=torch.tensor([row]), use_cache=False)
-    return {layer: sum(values) / len(values) for layer, values in seen.items()}
-
-
-SAMPLES = [row[: 12 - 2 * i] for i, row in enumerate(random_ids(4, 12))]
-
-
-@pytest.mark.parametrize("model_type", [name for name in GATED if available(name)])
-def test_constant_shared_gates(model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    layers = [1, 3]
-    model = condensed(model_type, layers)
-    before = state_of(model)
-    logging.enable_propagation()
-    try:
-        report = export_stock(model, tmp_path, approximate=True, calibration=SAMPLES)
-    finally:
-        logging.disable_propagation()
-    tensors, rest = state_of(model)
-    assert differing(before[0], tensors) == []
-    assert rest == before[1]
-    expected = naive_gates(copy.deepcopy(model), layers)
-    assert report.shared_gates == pytest.approx(expected, rel=1e-5)
-    stock = opened(model, tmp_path)
-    divergences: list[Tensor] = []
-    with torch.no_grad():
-        for row in SAMPLES:
-            ids = torch.tensor([row])
-            exact, found = (each(input_ids=ids, use_cache=False).logits[0] for each in (model, stock))
-            divergences += list(js_divergence(exact.double(), found.double()))
-    assert report.divergence == pytest.approx(float(sum(divergences)) / len(divergences), rel=1e-3)
-    assert report.divergence is not None
-    assert f"{report.divergence:.3e} over {len(divergences)}" in caplog.text
-    # With its gates at the same constants, the condensed model is the exported one.
-    for layer in layers:
-        gate = torch.logit(torch.tensor(expected[layer]))
-        mlp = condensed_layers(model)[layer]
-        mlp.shared_expert_gate.register_forward_hook(lambda _m, _a, out, gate=gate: torch.full_like(out, gate))
-    assert same(output(stock), output(model))
-
-
-def test_nothing_to_approximate(tmp_path: Path) -> None:
-    """No calibration data is looked for where the export is exact."""
-    model = condensed("qwen3_moe", [1])
-    report = export_stock(model, tmp_path, approximate=True)
-    assert report.divergence is None
-    assert same(output(opened(model, tmp_path)), output(model))
