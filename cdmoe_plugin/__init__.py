@@ -16,6 +16,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .api import apply_plan, condense_pretrained, search_plan
     from .config import CondenseConfig
+    from .export import export_stock
     from .plan import CondensedLayer, CondensePlan
     from .training import condensed_module_names, unfreeze_condensed
 
@@ -26,6 +27,7 @@ _ROOMS = {
     "apply_plan": "api",
     "condense_pretrained": "api",
     "condensed_module_names": "training",
+    "export_stock": "export",
     "search_plan": "api",
     "unfreeze_condensed": "training",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "apply_plan",
     "condense_pretrained",
     "condensed_module_names",
+    "export_stock",
     "search_plan",
     "unfreeze_condensed",
 ]

@@ -1,0 +1,104 @@
+"""How configs of transformers say which decoder layers are dense: each way by the fields that it takes.
+
+Nothing here is relied on: `stock_config` builds the model from the edited config and looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Marker:
+    """One way of a config to name dense layers.
+
+    Args:
+        fields (`tuple[str, ...]`): Config fields that it takes, all of which a config must have.
+        can_say (`str`): Which sets of layers can be named, for messages.
+        update (`Callable`): From config, dense layers and number of all layers to the fields that change; None if
+            these layers can't be named.
+    """
+
+    fields: tuple[str, ...]
+    can_say: str
+    update: Callable[[Any, Set[int], int], dict[str, Any] | None]
+
+
+def _by_list(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    kinds = config.mlp_layer_types
+    if len(kinds) != total:
+        return None
+    fields = {"mlp_layer_types": ["dense" if i in dense else kind for i, kind in enumerate(kinds)]}
+    # Some configs keep this one beside the list, for other readers.
+    prefix = _by_prefix("first_k_dense_replace").update(config, dense, total)
+    return fields | prefix if prefix and hasattr(config, "first_k_dense_replace") else fields
+
+
+def _by_indices(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    return {"mlp_only_layers": sorted(dense)}
+
+
+def _by_prefix(name: str) -> Marker:
+    def update(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+        return {name: len(dense)} if dense == set(range(len(dense))) else None
+
+    return Marker((name,), "that the first layers are dense", update)
+
+
+def _by_prefix_and_period(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    for period in range(1, total + 1):
+        for start in range(total + 1):
+            if dense == {i for i in range(total) if i < start or i % period}:
+                return {"first_k_dense_replace": start, "moe_layer_freq": period}
+    return None
+
+
+def _by_range(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    for period in range(1, total + 1):
+        for start in range(total + 1):
+            for end in range(total - 1, max(start, 1) - 1, -1):
+                if dense == {i for i in range(total) if not start <= i <= end or (i + 1) % period}:
+                    names = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+                    return dict(zip(names, (start, end, period), strict=True))
+    # Without a sparse layer, the range is behind the last one.
+    return {"moe_layer_start_index": total, "moe_layer_end_index": total} if len(dense) == total else None
+
+
+def _by_period(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    if len(dense) == total:
+        return {"num_experts": 1}
+    for period in range(1, total + 1):
+        for offset in range(period):
+            if dense == {i for i in range(total) if i % period != offset}:
+                return {"expert_layer_period": period, "expert_layer_offset": offset}
+    return None
+
+
+def _by_no_experts(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    return {"num_local_experts": 0} if len(dense) == total else None
+
+
+MARKERS = (
+    Marker(("mlp_layer_types",), "that any layers are dense", _by_list),
+    Marker(("mlp_only_layers",), "that any layers are dense", _by_indices),
+    Marker(
+        ("first_k_dense_replace", "moe_layer_freq"),
+        "that the first layers are dense, and of the others all but each n-th",
+        _by_prefix_and_period,
+    ),
+    _by_prefix("first_k_dense_replace"),
+    _by_prefix("num_dense_layers"),
+    Marker(
+        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+        "that the first and the last layers are dense, and of the others all but each n-th",
+        _by_range,
+    ),
+    Marker(
+        ("expert_layer_period", "expert_layer_offset"),
+        "that all layers are dense, or all but each n-th",
+        _by_period,
+    ),
+    Marker(("num_local_experts", "shared_intermediate_size"), "that all layers are dense", _by_no_experts),
+)
