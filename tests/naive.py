@@ -89,6 +89,8 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, act: Act = funct
         gate, up = shared.input_linear(x).chunk(2, -1)
         return shared.output_linear(act(gate) * up)
     y = shared.down_proj(act(shared.gate_proj(x)) * shared.up_proj(x))
+    if getattr(block, "shared_expert_combination_strategy", None) == "average":  # cohere2: of routed and shared
+        y = y / 2
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 

@@ -1,7 +1,7 @@
 """Tiny random-weight sparse MoE decoders of transformers, one per model type.
 
-`ARCHITECTURES` lists the model types whose sparse block is a weighted sum of bias-free GLU experts,
-with or without a shared expert; `REFUSED` lists sparse model types that compute something else.
+`ARCHITECTURES` lists the model types whose sparse block is a weighted sum of GLU experts, with or
+without a shared expert; `REFUSED` lists sparse model types that compute something else.
 Ask `available` whether the installed transformers has a type.
 """
 
@@ -155,6 +155,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "aria_text": _arch("AriaTextForCausalLM", "shared", ALL),
     "axk2": _arch("AXK2ForCausalLM", "shared", gated_norm_rank=4, **MLA),
     "bailing_hybrid": _arch("BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA),
+    "cohere2_moe": _arch("Cohere2MoeForCausalLM", "shared", num_shared_experts=1, logit_scale=1.0),
     "deepseek_v2": _arch("DeepseekV2ForCausalLM", "shared", **MLA),
     "deepseek_v3": _arch("DeepseekV3ForCausalLM", "shared", groups=2, **MLA),
     "deepseek_v32": _arch("DeepseekV32ForCausalLM", "shared", **MLA),
@@ -220,7 +221,6 @@ ARCHITECTURES: dict[str, TinyArch] = {
 
 REFUSED: dict[str, TinyArch] = {
     "axk1": _arch("AXK1ForCausalLM", "refused", **MLA),
-    "cohere2_moe": _arch("Cohere2MoeForCausalLM", "refused", num_shared_experts=1, logit_scale=1.0),
     "deepseek_v4": _arch(
         "DeepseekV4ForCausalLM",
         "refused",
