@@ -112,5 +112,5 @@ class LayerBudget:
 def _cost(block: SparseBlock, unit: Unit) -> int:
     if unit == "experts":
         return 1
-    parts = block.expert_weights()[:3]
+    parts = [part for part in block.expert_weights()[:5] if part is not None]  # down biases become one
     return sum(part[0].numel() * (part.dtype.itemsize if unit == "bytes" else 1) for part in parts)
