@@ -76,7 +76,8 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     start = 0
     for weights, factor in parts:
         rows = slice(start, start := start + weights.gate.shape[0])
-        mlp.gate_proj.weight[rows] = weights.gate
+        if mlp.gate_proj is not None:
+            mlp.gate_proj.weight[rows] = weights.gate
         mlp.up_proj.weight[rows] = weights.up
         mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
     if bias:
@@ -88,14 +89,14 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
 
 def _fold_biases(mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]]) -> None:
     """Each neuron keeps its biases; those of the down projections are added, gates and factors included."""
-    mlp.gate_proj.bias.zero_()
-    mlp.up_proj.bias.zero_()
+    for projection in filter(None, (mlp.gate_proj, mlp.up_proj)):
+        projection.bias.zero_()
     total = torch.zeros_like(mlp.down_proj.bias, dtype=torch.float32)
     start = 0
     for weights, factor in parts:
         rows = slice(start, start := start + weights.gate.shape[0])
         for linear, bias in ((mlp.gate_proj, weights.gate_bias), (mlp.up_proj, weights.up_bias)):
-            if bias is not None:
+            if linear is not None and bias is not None:
                 linear.bias[rows] = bias
         if weights.down_bias is not None:
             total += weights.down_bias.float() * factor
@@ -166,7 +167,7 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
         "intermediate_size": mlp.intermediate_size,
         "shared_intermediate_size": mlp.shared_intermediate_size,
         "shared_expert_gate": mlp.shared_expert_gate is not None,
-        "bias": mlp.gate_proj.bias is not None,
+        "bias": mlp.up_proj.bias is not None,
         "hidden_act": block.hidden_act,
     }
 

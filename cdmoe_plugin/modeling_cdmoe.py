@@ -72,6 +72,7 @@ def _softcapped(
 # What gated MLPs do between their projections, of the activation, gate and up, with constants that config.json tells.
 GATED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "plain": lambda act, gate, up: act(gate) * up,
+    "ungated": lambda act, _gate, up: act(up),
     "clamped": _clamped,
     "clamped_after": _clamped_after,
     "gpt_oss": _gpt_oss,
@@ -102,6 +103,7 @@ class CondensedMLP(nn.Module):
         shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
         bias (`bool`): Whether the three projections have biases.
         gated_activation (`Mapping`, *optional*): A "form" of `GATED_ACTIVATIONS` and its constants; "plain" by default.
+            With "ungated", there is no gate projection.
         shared_gated_activation (`Mapping`, *optional*): That of the shared expert's neurons, where it is another one.
         returns_tuple (`bool`): Whether the base architecture's layers expect router scores beside the output; these are
             None then.
@@ -124,18 +126,20 @@ class CondensedMLP(nn.Module):
         self.intermediate_size = intermediate_size
         self.shared_intermediate_size = shared_intermediate_size
         linear = nn.Linear if intermediate_size > 0 else EmptyLinear
-        self.gate_proj = linear(hidden_size, intermediate_size, bias=bias)
+        self.gated_activation = _known_activation(gated_activation)
+        self.shared_gated_activation = _known_activation(shared_gated_activation or gated_activation)
+        gated = self.gated_activation["form"] != "ungated"
+        self.gate_proj = linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         self.act_fn = ACT2FN[hidden_act]
-        self.gated_activation = _known_activation(gated_activation)
-        self.shared_gated_activation = _known_activation(shared_gated_activation or gated_activation)
         self.returns_tuple = returns_tuple
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`."""
-        inner = self._inner(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        up = self.up_proj(hidden_states)
+        inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
         if self.shared_expert_gate is not None:
             shared, routed = inner.tensor_split([self.shared_intermediate_size], dim=-1)
             shared = shared * torch.sigmoid(self.shared_expert_gate(hidden_states))

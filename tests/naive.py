@@ -116,6 +116,8 @@ def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) ->
         width = experts.mlp.w1.shape[0] // experts.num_experts
         gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
         return glu(x @ gate.T, x @ up.T) @ down
+    if hasattr(experts, "up_proj"):  # nemotron: without gates
+        return functional.relu(x @ experts.up_proj[expert].T).square() @ experts.down_proj[expert].T
     gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
     if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria, gpt_oss: transposed
         gate_up, down = gate_up.T, down.T
@@ -138,6 +140,8 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
         return shared.output_linear(glu(*shared.input_linear(x).chunk(2, -1)))
     if hasattr(shared, "gate_up_proj"):
         return shared.down_proj(glu(*shared.gate_up_proj(x).chunk(2, -1)))
+    if not hasattr(shared, "gate_proj"):
+        return shared.down_proj(functional.relu(shared.up_proj(x)).square())
     y = shared.down_proj(glu(shared.gate_proj(x), shared.up_proj(x)))
     if getattr(block, "shared_expert_combination_strategy", None) == "average":  # cohere2: of routed and shared
         y = y / 2

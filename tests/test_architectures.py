@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, search_plan
+from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condensed_module_names, search_plan
 from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of
 
 from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
@@ -96,6 +96,36 @@ def test_uniform_router_without_a_search(model_type: str, tmp_path: Path) -> Non
 def test_searches_that_are_refused(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"'{model_type}' can't be searched"):
         search_plan(tiny_model(model_type), CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+
+
+def test_experts_in_latent_space_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
+        find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "parts"),
+    [("gpt_oss", "layers.2.mlp", ("gate", "up", "down")), ("nemotron_h", "layers.3.mixer", ("up", "down"))],
+)
+def test_adapters_find_the_projections(model_type: str, layer: str, parts: tuple[str, ...]) -> None:
+    number = int(layer.split(".")[1])
+    model = apply_plan(tiny_model(model_type), CondensePlan([CondensedLayer(number, [1, 5], [0.5, 0.25])]))
+    assert condensed_module_names(model) == [f"model.{layer}.{part}_proj" for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"form": "magic"}, "unknown form 'magic'"),
+        ({"form": "clamped"}, "limit"),
+        ({"form": "plain", "limit": 1}, "limit"),
+    ],
+)
+def test_activations_that_are_not_known(form: dict[str, Any], message: str, tmp_path: Path) -> None:
+    condensed = apply_plan(tiny_model("gpt_oss"), CondensePlan([CondensedLayer(2, [1], [0.5])]))
+    condensed.config.condense_config["condensed_layers"]["2"]["gated_activation"] = form
+    with pytest.raises(ValueError, match=f"can't be understood for decoder layer 2.*{message}"):
+        type(condensed)._from_config(condensed.config)
 
 
 # --- the table ---

@@ -63,7 +63,7 @@ def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
             gates = torch.randn(len(kept), generator=generator).tolist()
             expected = naive_block(x.double(), raw, owner, (kept, gates), *naive_glus(model.config, block.layer))
             mlp = fold(block, kept, gates)
-            assert mlp.gate_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
+            assert mlp.up_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
             assert (hidden_of(mlp(x)) - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
 
 
@@ -135,7 +135,8 @@ def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads
         place = min(new).rpartition(".down_proj.")[0]
         gate = "linear_gate" if model_type == "hy_v4" else "gate_proj"  # on disk, all gates are called so there
         kinds = ("weight", "bias") if model_type == "gpt_oss" else ("weight",)
-        assert new == {f"{place}.{name}.{kind}" for name in (gate, "up_proj", "down_proj") for kind in kinds}
+        names = ("up_proj", "down_proj") if model_type == "nemotron_h" else (gate, "up_proj", "down_proj")
+        assert new == {f"{place}.{name}.{kind}" for name in names for kind in kinds}
         gone = {key for key in before - after if in_layer(key, row.layer)}
         assert all(key.startswith(f"{place}.") or re.search(r"\.shared_mlp\.|\.moe\.router\.", key) for key in gone)
         assert {key for key in after if key.startswith(f"{place}.")} - new <= {f"{place}.shared_expert_gate.weight"}

@@ -24,7 +24,7 @@ REASONS = {
     "does more than add shared and routed experts": "axk1",
     "needs more than hidden states": "deepseek_v4",
     "returns more than hidden states": "zaya",
-    "not gated MLPs with stacked weights": "inkling_text nemotron_h jetmoe",
+    "not gated MLPs with stacked weights": "inkling_text jetmoe",
     "shapes of its expert weights": "llama4_text longcat_flash",
     "normalises the output of every expert": "muse_spark_text",
     "not in a block of their own": "gemma4_text diffusion_gemma_text ernie4_5_vl_moe_text",

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from ..modeling_cdmoe import GATED_ACTIVATIONS
 from .block import patched_forward
-from .weights import UnsupportedModelError, mlp_linears
+from .weights import UnsupportedModelError, is_ungated, mlp_linears
 
 # Attributes of modules, or fields of configs, that hold the constants of a gated activation.
 _CONSTANTS = {
@@ -29,6 +29,8 @@ def experts_activation(experts: nn.Module, hidden_act: str, config: Any) -> dict
     Raises:
         UnsupportedModelError: if it is none of `GATED_ACTIVATIONS`.
     """
+    if not getattr(experts, "has_gate", True):
+        return {"form": "ungated"}
     apply_gate = getattr(experts, "_apply_gate", None)
     if apply_gate is None:  # the probe of the whole block has the last word
         return {}
@@ -42,6 +44,8 @@ def shared_activation(shared: nn.Module, hidden_act: str) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: if it is none of `GATED_ACTIVATIONS`.
     """
+    if is_ungated(shared):
+        return {"form": "ungated"}
     *first, down = mlp_linears(shared) or ()
 
     def apply(gate: Tensor, up: Tensor) -> Tensor:
@@ -79,6 +83,8 @@ def _find(
     gate, up = (torch.randn(sizes.shape, generator=generator, **exact) * sizes for _ in range(2))
     expected = apply(gate, up)
     for form, function in GATED_ACTIVATIONS.items():
+        if form == "ungated":
+            continue
         constants = {name: known[name] for name in list(signature(function).parameters)[3:]}
         if None in constants.values():
             continue

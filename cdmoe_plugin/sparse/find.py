@@ -142,14 +142,18 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             raise UnsupportedModelError("the gate of its shared expert has a bias")
         config = model.config.get_text_config()
         hidden_act = activation_name(experts, config)
+        activation = experts_activation(experts, hidden_act, config)
+        of_shared = {} if shared is None else shared_activation(shared, hidden_act)
+        if shared is not None and {"form": "ungated"} in (activation, of_shared) and activation != of_shared:
+            raise UnsupportedModelError("of its shared expert and the routed ones, only one kind has gates")
         return SparseBlock(
             layer=index,
             path=path,
             module=module,
             experts=experts,
             hidden_act=hidden_act,
-            activation=experts_activation(experts, hidden_act, config),
-            shared_activation={} if shared is None else shared_activation(shared, hidden_act),
+            activation=activation,
+            shared_activation=of_shared,
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,

@@ -88,7 +88,7 @@ def _factor(output: Tensor, values: Tensor) -> float:
 def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
     weights = block.expert_weights()
     apply_gate = getattr(block.experts, "_apply_gate", None)
-    if apply_gate is not None:
+    if apply_gate is not None and not weights.ungated:
         # Far from zero, where a clamp would show.
         z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
         gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 # Names of the three projections of a gated MLP, as architectures have them; a fused pair holds [gate; up].
 _MLP_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_MLP_LAYOUTS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
+_UNGATED_MLP_LAYOUTS = (("up_proj", "down_proj"),)
 
 
 class UnsupportedModelError(ValueError):
@@ -18,7 +19,10 @@ class UnsupportedModelError(ValueError):
 
 
 class GatedWeights(NamedTuple):
-    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none."""
+    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none.
+
+    Of MLPs without gates, `gate` is `up`.
+    """
 
     gate: Tensor  # [(N,) I, H]
     up: Tensor  # [(N,) I, H]
@@ -29,14 +33,19 @@ class GatedWeights(NamedTuple):
 
     def __call__(self, x: Tensor, glu: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Output `[(N,) T, H]` for `x` of shape `[T, H]`; `glu` may overwrite gate and up, `[(N,) T, I]`."""
-        gate = _affine(x, self.gate, self.gate_bias)
         up = _affine(x, self.up, self.up_bias)
+        gate = up if self.ungated else _affine(x, self.gate, self.gate_bias)
         return _affine(glu(gate, up), self.down, self.down_bias)
 
     def of(self, experts: Any) -> GatedWeights:
         """Those of one or some of N stacked MLPs, by index."""
         biases = (None if bias is None else bias[experts] for bias in self[3:])
-        return GatedWeights(self.gate[experts], self.up[experts], self.down[experts], *biases)
+        up = self.up[experts]
+        return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
+
+    @property
+    def ungated(self) -> bool:
+        return self.gate is self.up
 
     @property
     def biased(self) -> bool:
@@ -67,6 +76,8 @@ def read_experts(experts: nn.Module) -> GatedWeights:
         mlp, num = experts.mlp, experts.num_experts
         gate, up, down = (getattr(mlp, name).unflatten(0, (num, -1)) for name in ("w1", "v1", "w2"))
         return GatedWeights(gate, up, down.transpose(1, 2))
+    if not getattr(experts, "has_gate", True):
+        return _read_ungated(experts)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
         raise UnsupportedModelError("its experts are not gated MLPs with stacked weights gate_up_proj and down_proj")
@@ -84,6 +95,15 @@ def read_experts(experts: nn.Module) -> GatedWeights:
     return GatedWeights(gate, up, down, gate_bias, up_bias, down_bias)
 
 
+def _read_ungated(experts: nn.Module) -> GatedWeights:
+    up, down = getattr(experts, "up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.shape != down.mT.shape:
+        raise UnsupportedModelError("its experts are not MLPs with stacked weights up_proj and down_proj")
+    if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
+        raise UnsupportedModelError("its experts without gates have biases or transposed weights")
+    return GatedWeights(up, up, down)
+
+
 def _halves(experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, ...]:
     if getattr(experts, "is_concatenated", True):
         return gate_up.chunk(2, dim=1)
@@ -91,8 +111,8 @@ def _halves(experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, ...]:
 
 
 def mlp_linears(module: nn.Module) -> tuple[nn.Linear, ...] | None:
-    """The projections gate, up and down of a gated MLP, or the first two as one and down; None if it is none."""
-    for names in (*_MLP_LAYOUTS, *_FUSED_MLP_LAYOUTS):
+    """The projections gate, up and down of a gated MLP, or the first two as one, or none but up; None if it is none."""
+    for names in (*_MLP_LAYOUTS, *_FUSED_MLP_LAYOUTS, *_UNGATED_MLP_LAYOUTS):
         parts = [getattr(module, name, None) for name in names]
         linears = tuple(part for part in parts if isinstance(part, nn.Linear))
         if len(linears) == len(names):
@@ -110,9 +130,17 @@ def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
     if len(first) == 2:
         gate, up = first
         return GatedWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+    if is_ungated(module):
+        return GatedWeights(fused.weight, fused.weight, down.weight, None, fused.bias, down.bias)
     gate_bias, up_bias = (None, None) if fused.bias is None else fused.bias.chunk(2)
     gate_weight, up_weight = fused.weight.chunk(2)
     return GatedWeights(gate_weight, up_weight, down.weight, gate_bias, up_bias, down.bias)
+
+
+def is_ungated(module: nn.Module) -> bool:
+    """Whether an MLP made of `nn.Linear`s has no gate projection."""
+    linears = mlp_linears(module)
+    return linears is not None and len(linears) == 2 and linears[0] is getattr(module, "up_proj", None)
 
 
 def activation_name(experts: nn.Module, config: Any) -> str:
