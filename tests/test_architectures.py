@@ -16,13 +16,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condensed_module_names, search_plan
-from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of
+from cdmoe_plugin import (
+    CondenseConfig,
+    CondensedLayer,
+    CondensePlan,
+    apply_plan,
+    condense_pretrained,
+    condensed_module_names,
+    search_plan,
+)
+from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
 
 from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
 from .naive import naive_expert, naive_glus, naive_shared
-from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, tiny_model
+from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, random_ids, tiny_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TABLE_VERSION = "5.23"
@@ -101,6 +110,28 @@ def test_searches_that_are_refused(model_type: str) -> None:
 def test_experts_in_latent_space_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
         find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
+
+
+@pytest.mark.parametrize("refit", ["down_proj", "distill"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h"])
+def test_refit(model_type: str, refit: str) -> None:
+    """What is fitted is the MLP that stands in the layer, biases, bounds and router scores included."""
+    sequences = random_ids(10, 24)
+    config = CondenseConfig(layers=[1, 3], num_experts=2, refit=refit, refit_steps=30)
+    model = condense_pretrained(tiny_model(model_type), config, calibration=sequences)
+    errors = model.config.condense_config["refit_errors"]
+    assert all(after < before for before, after in errors.values())
+
+
+@torch.no_grad()
+def test_a_layer_whose_block_returned_scores_is_trimmed(tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss")
+    with patched_forward(model.model.layers[1].mlp, lambda x: (torch.zeros_like(x), None)):
+        expected = output(model)
+    plan = search_plan(model, CondenseConfig(layers=[1], form="trim_layer"), calibration=IDS)
+    apply_plan(model, plan).save_pretrained(tmp_path)
+    assert torch.equal(output(model), expected)
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
 @pytest.mark.parametrize(
