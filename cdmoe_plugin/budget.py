@@ -114,5 +114,7 @@ class LayerBudget:
 def _cost(block: SparseBlock, unit: Unit) -> int:
     if unit == "experts":
         return 1
-    parts = block.expert_weights()[:3]
+    weights = block.expert_weights()
+    own = weights[1:5] if weights.ungated else weights[:5]  # down biases become one
+    parts = [part for part in own if part is not None]
     return sum(part[0].numel() * (part.dtype.itemsize if unit == "bytes" else 1) for part in parts)

@@ -62,10 +62,9 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     shared = block.shared_weights()
     routed = block.expert_weights()
     parts = [] if shared is None else [(shared, block.shared_scale)]
-    kept = [GatedWeights(routed.gate[e], routed.up[e], routed.down[e]) for e in experts]
-    parts += list(zip(kept, gates, strict=True))
-    bias = shared is not None and any(b is not None for b in shared[3:])
-    if bias and block.shared_gate is not None:
+    parts += [(routed.of(e), gate) for e, gate in zip(experts, gates, strict=True)]
+    bias = routed.biased or (shared is not None and shared.biased)
+    if shared is not None and shared.biased and block.shared_gate is not None:
         raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
     width = block.shared_intermediate_size + len(experts) * block.intermediate_size
     with torch.device("meta"):
@@ -76,30 +75,46 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
             shared_intermediate_size=block.shared_intermediate_size,
             shared_expert_gate=block.shared_gate is not None,
             bias=bias,
+            gated_activation=block.activation,
+            shared_gated_activation=_other_activation(block),
+            returns_tuple=block.returns_tuple,
         )
     mlp = mlp.to(block.dtype).to_empty(device=block.device)
     start = 0
     for weights, factor in parts:
         rows = slice(start, start := start + weights.gate.shape[0])
-        mlp.gate_proj.weight[rows] = weights.gate
+        if mlp.gate_proj is not None:
+            mlp.gate_proj.weight[rows] = weights.gate
         mlp.up_proj.weight[rows] = weights.up
         mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
-    if bias and shared is not None:
-        _fold_biases(mlp, shared, block.shared_scale)
+    if bias:
+        _fold_biases(mlp, parts)
     if mlp.shared_expert_gate is not None and block.shared_gate is not None:
         mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
     return mlp.train(block.module.training)
 
 
-def _fold_biases(mlp: CondensedMLP, shared: GatedWeights, scale: float) -> None:
-    """Routed experts have no biases; the shared expert's go to its own neurons."""
-    for linear, bias in ((mlp.gate_proj, shared.gate_bias), (mlp.up_proj, shared.up_bias)):
-        linear.bias.zero_()
-        if bias is not None:
-            linear.bias[: bias.shape[0]] = bias
-    mlp.down_proj.bias.zero_()
-    if shared.down_bias is not None:
-        mlp.down_proj.bias.copy_((shared.down_bias.float() * scale).to(mlp.down_proj.bias.dtype))
+def _fold_biases(mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]]) -> None:
+    """Each neuron keeps its biases; those of the down projections are added, gates and factors included."""
+    for projection in filter(None, (mlp.gate_proj, mlp.up_proj)):
+        projection.bias.zero_()
+    total = torch.zeros_like(mlp.down_proj.bias, dtype=torch.float32)
+    start = 0
+    for weights, factor in parts:
+        rows = slice(start, start := start + weights.gate.shape[0])
+        for linear, bias in ((mlp.gate_proj, weights.gate_bias), (mlp.up_proj, weights.up_bias)):
+            if linear is not None and bias is not None:
+                linear.bias[rows] = bias
+        if weights.down_bias is not None:
+            total += weights.down_bias.float() * factor
+    mlp.down_proj.bias.copy_(total)
+
+
+def _other_activation(block: SparseBlock) -> dict[str, Any] | None:
+    """The shared expert's gated activation where it is another one than the routed experts'."""
+    if block.shared is None or block.shared_activation == block.activation:
+        return None
+    return block.shared_activation or {"form": "plain"}
 
 
 def install(model: PreTrainedModel, block: SparseBlock, mlp: nn.Module) -> None:
@@ -137,6 +152,8 @@ def _places(
 ) -> list[tuple[nn.Module, str, nn.Module]]:
     parent_path, _, name = block.path.rpartition(".")
     parent = model.base_model.get_submodule(parent_path)
+    if isinstance(mlp, Trimmed):
+        mlp.returns_tuple = block.returns_tuple
     places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
     if block.shared_name is not None:
         places.append((parent, block.shared_name, Omitted() if shared is None else shared))
@@ -145,15 +162,19 @@ def _places(
 
 def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
     """What config.json must tell to build a condensed layer again (see `modeling_cdmoe.install_condensed_layers`)."""
-    place = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
+    place: dict[str, Any] = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
+    if block.returns_tuple:
+        place["returns_tuple"] = True
     if not isinstance(mlp, CondensedMLP):
         return {**place, "form": "trim_layer"}
+    activations = {"gated_activation": block.activation, "shared_gated_activation": _other_activation(block)}
     return {
         **place,
+        **{name: spec for name, spec in activations.items() if spec},
         "intermediate_size": mlp.intermediate_size,
         "shared_intermediate_size": mlp.shared_intermediate_size,
         "shared_expert_gate": mlp.shared_expert_gate is not None,
-        "bias": mlp.gate_proj.bias is not None,
+        "bias": mlp.up_proj.bias is not None,
         "hidden_act": block.hidden_act,
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .layerwise import LayerStream, State
-from .sparse import Routing, SparseBlock, UnsupportedModelError, patched_forward
+from .sparse import Routing, SparseBlock, UnsupportedModelError, hidden_of, patched_forward
 
 
 @dataclass
@@ -42,6 +42,11 @@ class LayerRecorder:
     """Runs one decoder layer on batches and takes it apart at its sparse block."""
 
     def __init__(self, stream: LayerStream, block: SparseBlock) -> None:
+        if any(state[0].ndim != 3 for state in stream.embeddings):
+            raise UnsupportedModelError(
+                f"model type {stream.model.config.model_type!r} can't be searched: its decoder layers pass on several "
+                "residual streams. A plan can be applied."
+            )
         self.stream = stream
         self.block = block
         self.owner = stream.layers[block.layer]
@@ -54,8 +59,8 @@ class LayerRecorder:
         seen: dict[str, Any] = {"block": None, "shared": None}
         before: dict[int, list[Any]] = {id(child): [] for child in self.others}
 
-        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen["block"] = (args[0], output)
+        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen["block"] = (args[0], hidden_of(output))
 
         def on_other(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if seen["block"] is None:
@@ -104,7 +109,7 @@ class _Playback:
             for child in recorder.others:
                 outputs = iter(self.before[id(child)])
                 stack.enter_context(patched_forward(child, _play(outputs, child.forward)))
-            stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: y))
+            stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: recorder.block.like_output(y)))
             if recorder.block.shared_name and recorder.block.shared is not None:
                 nothing = torch.zeros_like(y)
                 stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))

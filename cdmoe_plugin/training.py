@@ -60,14 +60,15 @@ def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) 
 
 
 def condensed_module_names(model: PreTrainedModel) -> list[str]:
-    """Names of the condensed layers' three projections, for `LoraConfig(target_modules=...)`.
+    """Names of the condensed layers' projections (three, two without gates), for `LoraConfig(target_modules=...)`.
 
     Raises:
         ValueError: if the model is not condensed, or its layers were trimmed.
     """
     names = {id(module): name for name, module in model.named_modules()}
     projections = ("gate_proj", "up_proj", "down_proj")
-    return [f"{names[id(mlp)]}.{part}" for mlp in _trainable_layers(model).values() for part in projections]
+    mlps = _trainable_layers(model).values()
+    return [f"{names[id(mlp)]}.{part}" for mlp in mlps for part in projections if getattr(mlp, part) is not None]
 
 
 def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:

@@ -75,6 +75,8 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
     count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     choices = {name: readings(name, value, kept, total) for name, value in values.items() if name != count}
     choices = {name: found for name, found in choices.items() if len(found) > 1 or found[0] != values[name]}
+    # Some configs have no number of layers, only a list of them (nemotron_h).
+    number = {count: len(kept)} if count in values else {}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     try:
         before = _build(type(model), config)
@@ -84,7 +86,7 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
         raise UnsupportedModelError(f"{what}: its own config does not build it ({error}).") from error
     reasons = []
     for chosen in islice(product(*choices.values()), _MAX_TRIES):
-        fields = {count: len(kept), **dict(zip(choices, chosen, strict=True))}
+        fields = {**number, **dict(zip(choices, chosen, strict=True))}
         fields = {name: value for name, value in fields.items() if value != values[name]}
         try:
             after = _build(type(model), _changed(config, fields), with_buffers)

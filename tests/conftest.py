@@ -26,14 +26,23 @@ from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
 from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
 from cdmoe_plugin.sparse import find_sparse_blocks
 
-from .tiny_models import ARCHITECTURES, _randomize, available, random_ids, tiny_config, tiny_inputs, tiny_model
+from .tiny_models import (
+    ARCHITECTURES,
+    UNSEARCHED,
+    _randomize,
+    available,
+    random_ids,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 logging.disable_progress_bar()
 
 
 TYPES = [name for name in ARCHITECTURES if available(name)]
-SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
+SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds and name not in UNSEARCHED]
 # AutoModelForCausalLM does not know mistral4
 FROM_DISK = ["deepseek", *(name for name in TYPES if ARCHITECTURES[name].causal_lm and name != "mistral4")]
 FOLDS: list[tuple[str, dict[str, Any]]] = [
@@ -135,17 +144,24 @@ def output(model: PreTrainedModel) -> Tensor:
     return (result.logits if "logits" in result else result.last_hidden_state)[inputs["attention_mask"].bool()]
 
 
-@cache
-def uniform(model_type: str) -> tuple[PreTrainedModel, CondensePlan, Tensor]:
-    """A model whose routers give every expert the same constant weight, all condensed; its plan; its output before."""
+def uniform_sparse(model_type: str) -> PreTrainedModel:
+    """A model whose routers give every expert the same constant weight, and choose all."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
     model = tiny_model(model_type, num_experts=count, top_k=count)
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
+    return model
+
+
+@cache
+def uniform(model_type: str) -> tuple[PreTrainedModel, CondensePlan, Tensor]:
+    """`uniform_sparse` with all condensed; its plan; its output before."""
+    model = uniform_sparse(model_type)
     before = output(model)
-    config = CondenseConfig(len(ARCHITECTURES[model_type].sparse_layers), count, batch_size=2)
+    layers, count = ARCHITECTURES[model_type].sparse_layers, find_sparse_blocks(model)[0].num_experts
+    config = CondenseConfig(len(layers), count, batch_size=2)
     plan = search_plan(model, config, calibration=IDS)
     return apply_plan(model, plan), plan, before
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 Ids = Sequence[int]
 Choice = tuple[Sequence[int], Sequence[float]]  # experts and their gates
-Act = Callable[[Tensor], Tensor]
+Glu = Callable[[Tensor, Tensor], Tensor]  # what is between the projections, of gate and up
 
 
 # How a model type routes: scores, does the sum of a token's weights become 1, factor.
@@ -65,38 +65,96 @@ def distance(metric: str, targets: list[Tensor], candidates: list[Tensor]) -> fl
     return sum(float(tokens.sum()) / len(tokens) for tokens in per_token) / len(per_token)
 
 
-def naive_expert(block: nn.Module, expert: int, x: Tensor, act: Act = functional.silu) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+def clamped_swiglu(limit: float) -> Glu:
+    return lambda gate, up: swiglu(gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
+def swiglu_clamped_after(limit: float) -> Glu:
+    return lambda gate, up: functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def gpt_oss_glu(limit: float, alpha: float) -> Glu:
+    def glu(gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (1 + up.clamp(-limit, limit))
+
+    return glu
+
+
+def softcapped_swiglu(gate_cap: float, up_cap: float) -> Glu:
+    return lambda g, u: gate_cap * torch.tanh(g / gate_cap) * torch.sigmoid(g) * up_cap * torch.tanh(u / up_cap)
+
+
+def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
+    """What routed experts and the shared one have between their projections."""
+    kind = config.model_type
+    if kind in ("gpt_oss", "openai_privacy_filter", "minimax_m3_vl_text"):
+        limit, alpha = config.swiglu_limit, config.swiglu_alpha
+        return (gpt_oss_glu(limit, alpha),) * 2
+    if kind == "glm5_next_text":
+        return (clamped_swiglu(config.swiglu_limit),) * 2
+    if kind == "hy_v4":
+        return clamped_swiglu(config.swiglu_limit), swiglu
+    if kind == "step3p5":
+        return swiglu_clamped_after(config.swiglu_limits[layer]), swiglu_clamped_after(
+            config.swiglu_limits_shared[layer]
+        )
+    if kind == "inkling2_text":
+        return (softcapped_swiglu(config.mlp_gate_softcap, config.mlp_up_softcap),) * 2
+    act = getattr(functional, getattr(config, "hidden_act", None) or "silu")
+    return (lambda gate, up: act(gate) * up,) * 2
+
+
+def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) -> Tensor:
     """`E_i(x)` from the raw weights, which a few architectures stack in their own way."""
     experts = block.experts
     if hasattr(experts, "mlp"):  # dbrx: one on top of the other
         width = experts.mlp.w1.shape[0] // experts.num_experts
         gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
-        return (act(x @ gate.T) * (x @ up.T)) @ down
+        return glu(x @ gate.T, x @ up.T) @ down
+    if hasattr(experts, "up_proj"):  # nemotron: without gates
+        return functional.relu(x @ experts.up_proj[expert].T).square() @ experts.down_proj[expert].T
     gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
-    if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria: transposed
+    if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria, gpt_oss: transposed
         gate_up, down = gate_up.T, down.T
-    width = len(gate_up) // 2
-    return (act(x @ gate_up[:width].T) * (x @ gate_up[width:].T)) @ down.T
+    inner, width = x @ gate_up.T, len(gate_up) // 2
+    if hasattr(experts, "gate_up_proj_bias"):
+        inner = inner + experts.gate_up_proj_bias[expert]
+    in_turn = type(experts).__name__ == "GptOssExperts"
+    gate, up = (inner[..., ::2], inner[..., 1::2]) if in_turn else (inner[..., :width], inner[..., width:])
+    y = glu(gate, up) @ down.T
+    return y + experts.down_proj_bias[expert] if hasattr(experts, "down_proj_bias") else y
 
 
-def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, act: Act = functional.silu) -> Tensor:
+def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swiglu) -> Tensor:
     """`[sigmoid(w·x)] S(x)`, 0 without a shared expert; granite's decoder layer owns it, not the block."""
     names = ("shared_expert", "shared_experts", "shared_mlp")
     shared = next((m for h in (block, owner) for n in names if (m := getattr(h, n, None)) is not None), None)
     if shared is None:
         return torch.zeros_like(x)
     if hasattr(shared, "input_linear"):
-        gate, up = shared.input_linear(x).chunk(2, -1)
-        return shared.output_linear(act(gate) * up)
-    y = shared.down_proj(act(shared.gate_proj(x)) * shared.up_proj(x))
+        return shared.output_linear(glu(*shared.input_linear(x).chunk(2, -1)))
+    if hasattr(shared, "gate_up_proj"):
+        return shared.down_proj(glu(*shared.gate_up_proj(x).chunk(2, -1)))
+    if not hasattr(shared, "gate_proj"):
+        return shared.down_proj(functional.relu(shared.up_proj(x)).square())
+    y = shared.down_proj(glu(shared.gate_proj(x), shared.up_proj(x)))
+    if getattr(block, "shared_expert_combination_strategy", None) == "average":  # cohere2: of routed and shared
+        y = y / 2
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 
-def naive_block(x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, act: Act = functional.silu) -> Tensor:
+def naive_block(
+    x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, glu: Glu = swiglu, shared_glu: Glu = swiglu
+) -> Tensor:
     """`shared + sum g_i E_i` for every token."""
-    y = naive_shared(block, owner, x, act)
+    y = naive_shared(block, owner, x, shared_glu)
     for expert, gate in zip(*choice, strict=True):
-        y = y + gate * naive_expert(block, expert, x, act)
+        y = y + gate * naive_expert(block, expert, x, glu)
     return y
 
 

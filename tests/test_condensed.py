@@ -26,7 +26,7 @@ from cdmoe_plugin import (
     unfreeze_condensed,
 )
 from cdmoe_plugin.condensed import fold
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.sparse import find_sparse_blocks, hidden_of
 
 from .conftest import (
     FOLDS,
@@ -44,7 +44,7 @@ from .conftest import (
     state,
     uniform,
 )
-from .naive import naive_block
+from .naive import naive_block, naive_glus
 from .tiny_models import ARCHITECTURES, random_ids, tiny_model
 
 
@@ -53,7 +53,6 @@ from .tiny_models import ARCHITECTURES, random_ids, tiny_model
 def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
     model = tiny_model(model_type, **overrides)
     double = copy.deepcopy(model).double().base_model
-    act = getattr(functional, getattr(model.config, "hidden_act", None) or "silu")
     blocks = find_sparse_blocks(model)
     assert [block.layer for block in blocks] == list(ARCHITECTURES[model_type].sparse_layers)
     generator = torch.Generator().manual_seed(1)
@@ -62,10 +61,10 @@ def test_fold(model_type: str, overrides: dict[str, Any]) -> None:
         raw, owner = double.get_submodule(block.path), double.get_submodule(block.path.rpartition(".")[0])
         for kept in ([], [5], [3, 0, 7, 1, 2, 6, 4, 5]):
             gates = torch.randn(len(kept), generator=generator).tolist()
-            expected = naive_block(x.double(), raw, owner, (kept, gates), act)
+            expected = naive_block(x.double(), raw, owner, (kept, gates), *naive_glus(model.config, block.layer))
             mlp = fold(block, kept, gates)
-            assert mlp.gate_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
-            assert (mlp(x) - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
+            assert mlp.up_proj.out_features == block.shared_intermediate_size + 16 * len(kept)
+            assert (hidden_of(mlp(x)) - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def test_fold_rounds_once() -> None:
@@ -128,13 +127,16 @@ def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads
     for row in plan.layers:
         read = experts_read(reads, row.layer)
         assert sorted(set(read)) == sorted(row.experts)
-        assert len(read) in (2 * 3, 3 * 3)  # two or three tensors each
+        assert len(read) in (2 * 3, 3 * 3, 4 * 3)  # two or three tensors each, or two with biases
     found.save_pretrained(tmp_path / "condensed")
     before, after = (keys_on_disk(tmp_path / name) for name in ("sparse", "condensed"))
     for row in plan.layers:
         new = {key for key in after - before if in_layer(key, row.layer)}
-        place = min(new).removesuffix(".down_proj.weight")
-        assert new == {f"{place}.{name}_proj.weight" for name in ("gate", "up", "down")}
+        place = min(new).rpartition(".down_proj.")[0]
+        gate = "linear_gate" if model_type == "hy_v4" else "gate_proj"  # on disk, all gates are called so there
+        kinds = ("weight", "bias") if model_type == "gpt_oss" else ("weight",)
+        names = ("up_proj", "down_proj") if model_type == "nemotron_h" else (gate, "up_proj", "down_proj")
+        assert new == {f"{place}.{name}.{kind}" for name in names for kind in kinds}
         gone = {key for key in before - after if in_layer(key, row.layer)}
         assert all(key.startswith(f"{place}.") or re.search(r"\.shared_mlp\.|\.moe\.router\.", key) for key in gone)
         assert {key for key in after if key.startswith(f"{place}.")} - new <= {f"{place}.shared_expert_gate.weight"}

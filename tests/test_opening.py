@@ -20,7 +20,7 @@ from cdmoe_plugin.models.deepseek.modeling_deepseek import DeepseekConfig, Deeps
 from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids()
-NAMES = {"qwen2_moe": "Qwen2Moe", "granitemoeshared": "GraniteMoeShared", "deepseek": "Deepseek"}
+NAMES = {"qwen2_moe": "Qwen2Moe", "granitemoeshared": "GraniteMoeShared", "gpt_oss": "GptOss", "deepseek": "Deepseek"}
 MISSING = object()
 
 # Programs for a Python of their own; argv[1] is the folder with the checkpoints, the last line printed is the answer.
@@ -55,7 +55,7 @@ def answer():
     print("\\n" + json.dumps(found))
 """
 LOCALLY = """
-for name in ("qwen2_moe", "granitemoeshared", "deepseek"):
+for name in ("qwen2_moe", "granitemoeshared", "gpt_oss", "deepseek"):
     found[name] = describe(AutoModelForCausalLM.from_pretrained(root / name), name)
 qwen = root / "qwen2_moe"
 found["config"] = type(AutoConfig.from_pretrained(qwen)).__name__
@@ -73,7 +73,7 @@ found["offloaded"] = model.model.layers[3].mlp.gate_proj.weight.device.type
 answer()
 """
 AS_REMOTE_CODE = """
-for name in ("qwen2_moe", "granitemoeshared", "deepseek"):
+for name in ("qwen2_moe", "granitemoeshared", "gpt_oss", "deepseek"):
     model = AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True)
     model.save_pretrained(root / "again" / name)
     again = AutoModelForCausalLM.from_pretrained(root / "again" / name, trust_remote_code=True)

@@ -1,8 +1,9 @@
 """Tiny random-weight sparse MoE decoders of transformers, one per model type.
 
-`ARCHITECTURES` lists the model types whose sparse block is a weighted sum of bias-free GLU experts,
-with or without a shared expert; `REFUSED` lists sparse model types that compute something else.
-Ask `available` whether the installed transformers has a type.
+`ARCHITECTURES` lists the model types whose sparse block is a weighted sum of GLU experts, with or
+without a shared expert; `REFUSED` lists sparse model types that compute something else.
+`UNSEARCHED` are among the former, but plans can only be applied. Ask `available` whether the
+installed transformers has a type.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "aria_text": _arch("AriaTextForCausalLM", "shared", ALL),
     "axk2": _arch("AXK2ForCausalLM", "shared", gated_norm_rank=4, **MLA),
     "bailing_hybrid": _arch("BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA),
+    "cohere2_moe": _arch("Cohere2MoeForCausalLM", "shared", num_shared_experts=1, logit_scale=1.0),
     "deepseek_v2": _arch("DeepseekV2ForCausalLM", "shared", **MLA),
     "deepseek_v3": _arch("DeepseekV3ForCausalLM", "shared", groups=2, **MLA),
     "deepseek_v32": _arch("DeepseekV32ForCausalLM", "shared", **MLA),
@@ -172,7 +174,10 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "kolibri1": _arch("Kolibri1ForCausalLM", "shared", ALL),
     "laguna": _arch("LagunaForCausalLM", "shared"),
     "mistral4": _arch("Mistral4ForCausalLM", "shared", **MLA),
+    "nemotron_h": _arch("NemotronHForCausalLM", "shared", (1, 3, 5), "mixer", **NEMOTRON),
     "solar_open": _arch("SolarOpenForCausalLM", "shared", ALL),
+    "hy_v4": _arch("HYV4ForCausalLM", "shared", swiglu_limit=0.3, **MLA),
+    "minimax_m3_vl_text": _arch("MiniMaxM3VLForCausalLM", "shared", swiglu_limit=0.3),
     # the decoder layer owns the shared expert and adds it to the block's output
     "granitemoeshared": _arch("GraniteMoeSharedForCausalLM", "layer_shared", ALL, "block_sparse_moe"),
     "granitemoehybrid": _arch("GraniteMoeHybridForCausalLM", "layer_shared", ALL, "block_sparse_moe", **GRANITE_HYBRID),
@@ -197,6 +202,8 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "olmoe": _arch("OlmoeForCausalLM", "none", ALL),
     "phimoe": _arch("PhimoeForCausalLM", "none", ALL),
     "qwen3_moe": _arch("Qwen3MoeForCausalLM", "none"),
+    "gpt_oss": _arch("GptOssForCausalLM", "none", ALL, swiglu_limit=0.3),
+    "inkling2_text": _arch("Inkling2ForCausalLM", "none", ALL, mlp_gate_softcap=0.3, mlp_up_softcap=0.5),
     # text backbones without a causal language model class
     "deepseek_ocr2_text": _arch("DeepseekOcr2TextModel", "multimodal"),
     "unlimited_ocr_text": _arch("UnlimitedOcrTextModel", "multimodal"),
@@ -216,11 +223,19 @@ ARCHITECTURES: dict[str, TinyArch] = {
         inputs_embeds=True,
         shared_expert_intermediate_size=24,
     ),
+    "glm5_next_text": _arch("Glm5NextTextModel", "multimodal", swiglu_limit=0.3, rope_dim=0, **MLA, **LINEAR_AND_FULL),
+    "step3p5": _arch(
+        "Step3p7TextModel",
+        "multimodal",
+        sliding_window=16,
+        swiglu_limits=(0.3,),
+        swiglu_limits_shared=(0.2,),
+    ),
+    "openai_privacy_filter": _arch("OpenAIPrivacyFilterModel", "multimodal", ALL, swiglu_limit=0.3),
 }
 
 REFUSED: dict[str, TinyArch] = {
     "axk1": _arch("AXK1ForCausalLM", "refused", **MLA),
-    "cohere2_moe": _arch("Cohere2MoeForCausalLM", "refused", num_shared_experts=1, logit_scale=1.0),
     "deepseek_v4": _arch(
         "DeepseekV4ForCausalLM",
         "refused",
@@ -229,23 +244,9 @@ REFUSED: dict[str, TinyArch] = {
         o_groups=2,
         o_lora_rank=4,
     ),
-    "glm5_next_text": _arch("Glm5NextTextModel", "refused", rope_dim=0, **MLA, **LINEAR_AND_FULL),
-    "hy_v4": _arch("HYV4ForCausalLM", "refused", **MLA),
-    "step3p5": _arch(
-        "Step3p7TextModel",
-        "refused",
-        sliding_window=16,
-        swiglu_limits=(0.3,),
-        swiglu_limits_shared=(0.2,),
-    ),
-    "minimax_m3_vl_text": _arch("MiniMaxM3VLForCausalLM", "refused"),
-    "gpt_oss": _arch("GptOssForCausalLM", "refused", ALL),
-    "openai_privacy_filter": _arch("OpenAIPrivacyFilterModel", "refused", ALL),
     "inkling_text": _arch("InklingForCausalLM", "refused", logits_mup_width_multiplier=1.0),
-    "inkling2_text": _arch("Inkling2ForCausalLM", "refused", ALL),
     "llama4_text": _arch("Llama4ForCausalLM", "refused", FIRST_DENSE, "feed_forward"),
     "longcat_flash": _arch("LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA),
-    "nemotron_h": _arch("NemotronHForCausalLM", "refused", (1, 3, 5), "mixer", **NEMOTRON),
     "muse_spark_text": _arch("MuseSparkTextModel", "refused", moe_hidden_size=24),
     "gemma4_text": _arch("Gemma4ForCausalLM", "refused", ALL, "", **GEMMA4),
     "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "refused", ALL, "", global_head_dim=8),
@@ -259,6 +260,9 @@ REFUSED: dict[str, TinyArch] = {
     "doge": _arch("DogeForCausalLM", "refused", ALL, is_moe=True, num_experts=16),
     "zaya": _arch("ZayaForCausalLM", "refused", ALL, top_k=1, router_hidden_size=16),
 }
+
+# Several residual streams (or a residual that attends to all layers) go from layer to layer.
+UNSEARCHED = ("glm5_next_text", "hy_v4", "inkling2_text")
 
 
 def _entry(model_type: str) -> TinyArch:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..condensed import condensed_layers, standing_in
 from ..loading import check_whole
 from ..plan import CondensePlan
-from ..sparse import SparseBlock, find_sparse_blocks, model_shape
+from ..sparse import SparseBlock, find_sparse_blocks, hidden_of, model_shape
 
 DistillationForm = Literal["logits", "blocks"]
 # Tokens whose logits are in memory at once.
@@ -136,7 +136,7 @@ class Distillation:
             x = seen[layer].view(*predicts.shape, -1)
             with torch.no_grad():
                 target = _block_output(self.blocks[layer], x)[predicts]
-            error = (mlp(x).float()[predicts] - target).square().sum(-1)
+            error = (hidden_of(mlp(x)).float()[predicts] - target).square().sum(-1)
             # Relative to each token's own size: a few tokens have outputs a thousand times larger than the rest.
             errors.append((error / target.square().sum(-1).clamp_min(1e-8)).sum())
         return torch.stack([error.to(errors[0].device) for error in errors]).mean()
@@ -211,9 +211,7 @@ def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwa
 
 def _block_output(block: SparseBlock, x: Tensor) -> Tensor:
     """What a sparse block and its shared expert give for `x` `[B, S, H]`, float32 `[B, S, H]`."""
-    output = block.module(x)
-    output = output[0] if isinstance(output, tuple) else output
-    total = output.float().view(x.shape)
+    total = hidden_of(block.module(x)).float().view(x.shape)
     if block.shared_name is not None and block.shared is not None:
         total = total + block.shared(x).float()
     return total

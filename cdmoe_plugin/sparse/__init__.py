@@ -5,11 +5,12 @@ weights. What can be condensed computes
 
     y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x)
 
-with gated MLPs `E_i` and `S` of one activation. Every part of that claim is probed on the block itself before it is
-relied on, so that an architecture which does something else is refused with the reason and never condensed wrongly.
+with gated MLPs `E_i` and `S` of one activation, clamped or not, with or without biases. Every part of that claim is
+probed on the block itself before it is relied on, so that an architecture which does something else is refused with the
+reason and never condensed wrongly.
 """
 
-from .block import Routing, SparseBlock, patched_forward
+from .block import Routing, SparseBlock, hidden_of, patched_forward
 from .find import check_config, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
 from .weights import GatedWeights, UnsupportedModelError
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_config",
     "describe_sparse_blocks",
     "find_sparse_blocks",
+    "hidden_of",
     "model_shape",
     "patched_forward",
     "probe_blocks",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ..modeling_cdmoe import GATED_ACTIVATIONS
 from ..plan import SparseLayerShape
 from .weights import GatedWeights, read_experts, read_gated_mlp
 
@@ -32,11 +33,15 @@ class SparseBlock:
         module (`nn.Module`): The block.
         experts (`nn.Module`): Its child with the stacked expert weights, called with routed indices and weights.
         hidden_act (`str`): Name of the activation in `ACT2FN`.
+        activation (`dict`): Form of the experts' gated activation in `GATED_ACTIVATIONS` and its constants; empty for
+            `act(gate) * up`.
+        shared_activation (`dict`): That of the shared expert.
         shared (`nn.Module`, *optional*): The shared expert, wherever it lives.
         shared_name (`str`, *optional*): Name of the shared expert where the decoder layer owns it, not the block.
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
         routed_scale (`float`): Constant c that the block multiplies the routed sum with.
         shared_scale (`float`): Constant d that the block multiplies the shared output with.
+        returns_tuple (`bool`): Whether the block returns its router's scores beside its output.
     """
 
     layer: int
@@ -49,9 +54,11 @@ class SparseBlock:
     shared_gate: nn.Linear | None = None
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    activation: dict[str, Any] = field(default_factory=dict)
+    shared_activation: dict[str, Any] = field(default_factory=dict)
+    returns_tuple: bool = False
 
     def __post_init__(self) -> None:
-        self.act_fn = ACT2FN[self.hidden_act]
         weights = self.expert_weights()
         self.num_experts, self.intermediate_size, self.hidden_size = weights.gate.shape
         shared = self.shared_weights()
@@ -68,6 +75,19 @@ class SparseBlock:
     @property
     def dtype(self) -> torch.dtype:
         return self.expert_weights().gate.dtype
+
+    def glu(self, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the experts (or the shared one) do between their projections, of gate and up, which it may overwrite."""
+        act = ACT2FN[self.hidden_act]
+        constants = dict(self.shared_activation if shared else self.activation)
+        form = constants.pop("form", None)
+        if form is None:  # as `GATED_ACTIVATIONS["plain"]`, with less memory
+            return lambda gate, up: act(gate).mul_(up)
+        return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
+
+    def like_output(self, y: Tensor) -> Any:
+        """`y` in the form in which the block returns it."""
+        return (y, None) if self.returns_tuple else y
 
     def expert_weights(self) -> GatedWeights:
         """Views of all routed experts' weights, stacked."""
@@ -86,8 +106,8 @@ class SparseBlock:
         """
         weights = self.expert_weights()
         if experts is not None:
-            weights = GatedWeights(*(part[list(experts)] for part in weights[:3]))
-        return weights(x, self.act_fn)
+            weights = weights.of(list(experts))
+        return weights(x, self.glu())
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:
@@ -114,6 +134,11 @@ class SparseBlock:
             yield routes
         finally:
             handle.remove()
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block or a condensed MLP returns, alone or with its router's scores."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def routing_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None:

@@ -14,6 +14,7 @@ from ..budget import LayerBudget
 from ..config import CondenseConfig
 from ..offload import in_memory, is_offloaded
 from ..plan import ModelShape
+from .activations import experts_activation, shared_activation
 from .block import SparseBlock
 from .probes import probe_block
 from .weights import UnsupportedModelError, activation_name, has_stacked_weights, read_experts, read_gated_mlp
@@ -49,12 +50,14 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
     """
     probed: dict[Any, SparseBlock] = {}
     for block in blocks:
-        kind = (type(block.module), type(block.experts), block.num_experts, block.intermediate_size)
+        activations = (*block.activation.items(), *block.shared_activation.items())
+        kind = (type(block.module), type(block.experts), block.num_experts, block.intermediate_size, activations)
         if kind not in probed:
             with _refusing(model, block.layer, block.module), _weights_of(model, block):
                 probe_block(block, router_experts or block.num_experts)
         twin = probed.setdefault(kind, block)
         block.routed_scale, block.shared_scale = twin.routed_scale, twin.shared_scale
+        block.returns_tuple = twin.returns_tuple
 
 
 def _weights_of(model: PreTrainedModel, block: SparseBlock) -> AbstractContextManager[None]:
@@ -137,12 +140,20 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             raise UnsupportedModelError("its shared expert is quantised: search on the model as it was before")
         if gate is not None and gate.bias is not None:
             raise UnsupportedModelError("the gate of its shared expert has a bias")
+        config = model.config.get_text_config()
+        hidden_act = activation_name(experts, config)
+        activation = experts_activation(experts, hidden_act, config)
+        of_shared = {} if shared is None else shared_activation(shared, hidden_act)
+        if shared is not None and {"form": "ungated"} in (activation, of_shared) and activation != of_shared:
+            raise UnsupportedModelError("of its shared expert and the routed ones, only one kind has gates")
         return SparseBlock(
             layer=index,
             path=path,
             module=module,
             experts=experts,
-            hidden_act=activation_name(experts, model.config.get_text_config()),
+            hidden_act=hidden_act,
+            activation=activation,
+            shared_activation=of_shared,
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,

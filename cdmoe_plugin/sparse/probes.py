@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block import Routing, SparseBlock, patched_forward, routing_of_call
-from .weights import GatedWeights, UnsupportedModelError
+from .block import Routing, SparseBlock, hidden_of, patched_forward, routing_of_call
+from .weights import UnsupportedModelError
 
 
 def probe_block(block: SparseBlock, router_experts: int) -> None:
@@ -27,7 +27,7 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
         shared = block.shared_weights()
         if block.shared is not None and shared is not None:
             reason = f"its shared expert is not {block.hidden_act}(gate) * up"
-            _compare(block.shared(x)[0], shared(x[0], block.act_fn), reason)
+            _compare(block.shared(x)[0], shared(x[0], block.glu(shared=True)), reason)
 
 
 def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
@@ -42,10 +42,12 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
             output = block.module(x)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
-    if not isinstance(output, Tensor):
-        raise UnsupportedModelError("its block returns more than hidden states")
     if len(calls) != 1 or calls[0] is None:
         raise UnsupportedModelError("its experts are not called with the routed indices and weights of each token")
+    # Scores that the experts were called with are for the eyes of the user: no decoder layer reads them.
+    block.returns_tuple = isinstance(output, tuple) and len(output) == 2 and output[1] is calls[0].weights
+    if not block.returns_tuple and not isinstance(output, Tensor):
+        raise UnsupportedModelError("its block returns more than hidden states")
     if int(calls[0].experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
 
@@ -58,12 +60,12 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     def run(routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
         with patched_forward(block.experts, lambda h, *_, **__: routed.reshape(h.shape)):
             if block.shared is None or not in_block:
-                return block.module(x).float()
+                return hidden_of(block.module(x)).float()
             with patched_forward(block.shared, lambda h, *_, **__: shared.reshape(h.shape)):
                 if block.shared_gate is None:
-                    return block.module(x).float()
+                    return hidden_of(block.module(x)).float()
                 with patched_forward(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1)):
-                    return block.module(x).float()
+                    return hidden_of(block.module(x)).float()
 
     zero = torch.zeros(shape, device=x.device)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
@@ -86,16 +88,16 @@ def _factor(output: Tensor, values: Tensor) -> float:
 def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
     weights = block.expert_weights()
     apply_gate = getattr(block.experts, "_apply_gate", None)
-    if apply_gate is not None:
+    if apply_gate is not None and not weights.ungated:
         # Far from zero, where a clamp would show.
         z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
         gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])
-        _compare(apply_gate(z), block.act_fn(gate) * up, f"its experts are not {block.hidden_act}(gate) * up")
+        _compare(apply_gate(z), block.glu()(gate, up), f"its experts are not {block.hidden_act}(gate) * up")
     index = torch.stack([torch.arange(len(x)), torch.arange(len(x)) + 1], dim=1) % block.num_experts
     index = index.to(x.device)
     gates = random(*index.shape).abs().to(x.dtype)
-    chosen = GatedWeights(*(part[index.flatten()] for part in weights[:3]))
-    outputs = chosen(x.repeat_interleave(2, 0)[:, None], block.act_fn)[:, 0].unflatten(0, index.shape)
+    chosen = weights.of(index.flatten())
+    outputs = chosen(x.repeat_interleave(2, 0)[:, None], block.glu())[:, 0].unflatten(0, index.shape)
     expected = (outputs.float() * gates.float()[..., None]).sum(1)
     _compare(block.experts(x, index, gates), expected, f"its experts are not {block.hidden_act}(gate) * up")
 

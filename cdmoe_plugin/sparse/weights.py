@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 # Names of the three projections of a gated MLP, as architectures have them; a fused pair holds [gate; up].
 _MLP_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_MLP_LAYOUTS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
+_UNGATED_MLP_LAYOUTS = (("up_proj", "down_proj"),)
 
 
 class UnsupportedModelError(ValueError):
@@ -18,20 +19,37 @@ class UnsupportedModelError(ValueError):
 
 
 class GatedWeights(NamedTuple):
-    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none."""
+    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none.
+
+    Of MLPs without gates, `gate` is `up`.
+    """
 
     gate: Tensor  # [(N,) I, H]
     up: Tensor  # [(N,) I, H]
     down: Tensor  # [(N,) H, I]
-    gate_bias: Tensor | None = None  # [I]
-    up_bias: Tensor | None = None  # [I]
-    down_bias: Tensor | None = None  # [H]
+    gate_bias: Tensor | None = None  # [(N,) I]
+    up_bias: Tensor | None = None  # [(N,) I]
+    down_bias: Tensor | None = None  # [(N,) H]
 
-    def __call__(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """Output `[(N,) T, H]` for `x` of shape `[T, H]`."""
-        gate = _affine(x, self.gate, self.gate_bias)
+    def __call__(self, x: Tensor, glu: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Output `[(N,) T, H]` for `x` of shape `[T, H]`; `glu` may overwrite gate and up, `[(N,) T, I]`."""
         up = _affine(x, self.up, self.up_bias)
-        return _affine(act(gate).mul_(up), self.down, self.down_bias)
+        gate = up if self.ungated else _affine(x, self.gate, self.gate_bias)
+        return _affine(glu(gate, up), self.down, self.down_bias)
+
+    def of(self, experts: Any) -> GatedWeights:
+        """Those of one or some of N stacked MLPs, by index."""
+        biases = (None if bias is None else bias[experts] for bias in self[3:])
+        up = self.up[experts]
+        return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
+
+    @property
+    def ungated(self) -> bool:
+        return self.gate is self.up
+
+    @property
+    def biased(self) -> bool:
+        return any(bias is not None for bias in self[3:])
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
@@ -52,47 +70,77 @@ def read_experts(experts: nn.Module) -> GatedWeights:
     """Views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
 
     Raises:
-        UnsupportedModelError: if they are not those of bias-free gated MLPs.
+        UnsupportedModelError: if they are not those of gated MLPs.
     """
     if _is_dbrx_like(experts):
         mlp, num = experts.mlp, experts.num_experts
         gate, up, down = (getattr(mlp, name).unflatten(0, (num, -1)) for name in ("w1", "v1", "w2"))
         return GatedWeights(gate, up, down.transpose(1, 2))
+    if not getattr(experts, "has_gate", True):
+        return _read_ungated(experts)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
         raise UnsupportedModelError("its experts are not gated MLPs with stacked weights gate_up_proj and down_proj")
-    if getattr(experts, "has_bias", False) or getattr(experts, "gate_up_proj_bias", None) is not None:
-        raise UnsupportedModelError("its experts have biases")
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError("it normalises the output of every expert")
     if getattr(experts, "is_transposed", False):
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    if not getattr(experts, "is_concatenated", True):
-        gate, up = gate_up[:, ::2], gate_up[:, 1::2]
-    else:
-        gate, up = gate_up.chunk(2, dim=1)
+    gate, up = _halves(experts, gate_up)
     if gate.shape != (down.shape[0], down.shape[2], down.shape[1]):
         raise UnsupportedModelError(
             f"the shapes of its expert weights, {tuple(gate_up.shape)} and {tuple(down.shape)}, do not belong together"
         )
-    return GatedWeights(gate, up, down)
+    gate_up_bias, down_bias = getattr(experts, "gate_up_proj_bias", None), getattr(experts, "down_proj_bias", None)
+    gate_bias, up_bias = (None, None) if gate_up_bias is None else _halves(experts, gate_up_bias)
+    return GatedWeights(gate, up, down, gate_bias, up_bias, down_bias)
+
+
+def _read_ungated(experts: nn.Module) -> GatedWeights:
+    up, down = getattr(experts, "up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.shape != down.mT.shape:
+        raise UnsupportedModelError("its experts are not MLPs with stacked weights up_proj and down_proj")
+    if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
+        raise UnsupportedModelError("its experts without gates have biases or transposed weights")
+    return GatedWeights(up, up, down)
+
+
+def _halves(experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, ...]:
+    if getattr(experts, "is_concatenated", True):
+        return gate_up.chunk(2, dim=1)
+    return gate_up[:, ::2], gate_up[:, 1::2]
+
+
+def mlp_linears(module: nn.Module) -> tuple[nn.Linear, ...] | None:
+    """The projections gate, up and down of a gated MLP, or the first two as one, or none but up; None if it is none."""
+    for names in (*_MLP_LAYOUTS, *_FUSED_MLP_LAYOUTS, *_UNGATED_MLP_LAYOUTS):
+        parts = [getattr(module, name, None) for name in names]
+        linears = tuple(part for part in parts if isinstance(part, nn.Linear))
+        if len(linears) == len(names):
+            return linears
+    return None
 
 
 def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
     """Views of a gated MLP's weights, or None if the module is no gated MLP made of `nn.Linear`s."""
-    for names in _MLP_LAYOUTS:
-        parts = [getattr(module, name, None) for name in names]
-        linears = [part for part in parts if isinstance(part, nn.Linear)]
-        if len(linears) == 3:
-            gate, up, down = linears
-            return GatedWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
-    for fused_name, down_name in _FUSED_MLP_LAYOUTS:
-        fused, last = getattr(module, fused_name, None), getattr(module, down_name, None)
-        if isinstance(fused, nn.Linear) and isinstance(last, nn.Linear):
-            gate_weight, up_weight = fused.weight.chunk(2)
-            gate_bias, up_bias = (None, None) if fused.bias is None else fused.bias.chunk(2)
-            return GatedWeights(gate_weight, up_weight, last.weight, gate_bias, up_bias, last.bias)
-    return None
+    linears = mlp_linears(module)
+    if linears is None:
+        return None
+    *first, down = linears
+    fused = first[0]
+    if len(first) == 2:
+        gate, up = first
+        return GatedWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+    if is_ungated(module):
+        return GatedWeights(fused.weight, fused.weight, down.weight, None, fused.bias, down.bias)
+    gate_bias, up_bias = (None, None) if fused.bias is None else fused.bias.chunk(2)
+    gate_weight, up_weight = fused.weight.chunk(2)
+    return GatedWeights(gate_weight, up_weight, down.weight, gate_bias, up_bias, down.bias)
+
+
+def is_ungated(module: nn.Module) -> bool:
+    """Whether an MLP made of `nn.Linear`s has no gate projection."""
+    linears = mlp_linears(module)
+    return linears is not None and len(linears) == 2 and linears[0] is getattr(module, "up_proj", None)
 
 
 def activation_name(experts: nn.Module, config: Any) -> str:
@@ -110,4 +158,4 @@ def activation_name(experts: nn.Module, config: Any) -> str:
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = x @ weight.mT
-    return product if bias is None else product + bias
+    return product if bias is None else product + bias.unsqueeze(-2)

@@ -1,0 +1,220 @@
+"""Every sparse architecture of transformers: what its block computes, and a table of those that work.
+
+`python -m tests.test_architectures` writes that table, docs/architectures.md. That condensing all experts behind
+uniform routers leaves the logits as they were, is in test_condensed.py; folding, saving and opening too.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from cdmoe_plugin import (
+    CondenseConfig,
+    CondensedLayer,
+    CondensePlan,
+    apply_plan,
+    condense_pretrained,
+    condensed_module_names,
+    search_plan,
+)
+from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
+
+from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
+from .naive import naive_expert, naive_glus, naive_shared
+from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, random_ids, tiny_model
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+TABLE_VERSION = "5.23"
+# What a block multiplies its routed sum with, by its config.
+FACTORS: dict[str, Callable[[Any], float]] = {
+    "beam": lambda c: c.routed_scaling_factor,
+    "cohere2_moe": lambda c: 0.5,
+    "laguna": lambda c: c.moe_routed_scaling_factor,
+    "minimax_m3_vl_text": lambda c: c.routed_scaling_factor,
+    "openai_privacy_filter": lambda c: c.num_experts_per_tok,
+    "step3p5": lambda c: c.moe_router_scaling_factor,
+}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_block_with_its_own_routing(model_type: str) -> None:
+    """A block's output, what the package says that it is, and the sum token by token from raw weights in float64."""
+    model = tiny_model(model_type)
+    double = copy.deepcopy(model).double().base_model
+    factor = FACTORS.get(model_type, lambda c: 1.0)(model.config)
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
+    for block in find_sparse_blocks(model):
+        glu, shared_glu = naive_glus(model.config, block.layer)
+        raw, owner = double.get_submodule(block.path), double.get_submodule(block.path.rpartition(".")[0])
+        calls: list[list[Any]] = []
+        handle = block.experts.register_forward_pre_hook(
+            lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
+        )
+        with block.recording_routes() as routes:
+            output = hidden_of(block.module(x))
+        handle.remove()
+        output = output.view(7, 32)
+        if block.shared_name is not None and block.shared is not None:
+            output = output + block.shared(x)[0]
+
+        _, index, weights = calls[0]
+        index, weights = (weights, index) if index.is_floating_point() else (index, weights)
+        plain = naive_shared(raw, owner, x[0].double(), shared_glu)
+        for token in range(7):
+            for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
+                plain[token] += factor * weight * naive_expert(raw, expert, x[0, token].double(), glu)
+        torch.testing.assert_close(output.double(), plain, rtol=1e-4, atol=1e-5)
+
+        outputs = block.expert_outputs(x[0])[routes[0].experts.T, torch.arange(7)]  # [k, T, H]
+        seen = block.shared_output(x[0]) + (outputs * routes[0].weights.T[..., None]).sum(0)
+        torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in SEARCHABLE])
+@torch.no_grad()
+def test_uniform_router_without_a_search(model_type: str, tmp_path: Path) -> None:
+    """All experts of all layers give the original output; test_condensed.py has those that can be searched."""
+    model = uniform_sparse(model_type)
+    before, blocks = output(model), find_sparse_blocks(model)
+    with ExitStack() as stack:
+        recorded = [stack.enter_context(block.recording_routes()) for block in blocks]
+        output(model)
+        routes = [calls[0] for calls in recorded]
+    layers = []
+    for block, calls in zip(blocks, routes, strict=True):
+        gates = dict(zip(calls.experts[0].tolist(), calls.weights[0].tolist(), strict=True))
+        layers.append(CondensedLayer(block.layer, list(gates), list(gates.values())))
+    condensed = apply_plan(model, CondensePlan(layers))
+    assert (output(condensed) - before).abs().max() < 1e-5 * before.abs().max()
+    condensed.save_pretrained(tmp_path)
+    torch.testing.assert_close(output(type(condensed).from_pretrained(tmp_path)), output(condensed))
+
+
+@pytest.mark.parametrize("model_type", [name for name in UNSEARCHED if available(name)])
+def test_searches_that_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' can't be searched"):
+        search_plan(tiny_model(model_type), CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+
+
+def test_experts_in_latent_space_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
+        find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
+
+
+@pytest.mark.parametrize("refit", ["down_proj", "distill"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h"])
+def test_refit(model_type: str, refit: str) -> None:
+    """What is fitted is the MLP that stands in the layer, biases, bounds and router scores included."""
+    sequences = random_ids(10, 24)
+    config = CondenseConfig(layers=[1, 3], num_experts=2, refit=refit, refit_steps=30)
+    model = condense_pretrained(tiny_model(model_type), config, calibration=sequences)
+    errors = model.config.condense_config["refit_errors"]
+    assert all(after < before for before, after in errors.values())
+
+
+@torch.no_grad()
+def test_a_layer_whose_block_returned_scores_is_trimmed(tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss")
+    with patched_forward(model.model.layers[1].mlp, lambda x: (torch.zeros_like(x), None)):
+        expected = output(model)
+    plan = search_plan(model, CondenseConfig(layers=[1], form="trim_layer"), calibration=IDS)
+    apply_plan(model, plan).save_pretrained(tmp_path)
+    assert torch.equal(output(model), expected)
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "parts"),
+    [("gpt_oss", "layers.2.mlp", ("gate", "up", "down")), ("nemotron_h", "layers.3.mixer", ("up", "down"))],
+)
+def test_adapters_find_the_projections(model_type: str, layer: str, parts: tuple[str, ...]) -> None:
+    number = int(layer.split(".")[1])
+    model = apply_plan(tiny_model(model_type), CondensePlan([CondensedLayer(number, [1, 5], [0.5, 0.25])]))
+    assert condensed_module_names(model) == [f"model.{layer}.{part}_proj" for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"form": "magic"}, "unknown form 'magic'"),
+        ({"form": "clamped"}, "limit"),
+        ({"form": "plain", "limit": 1}, "limit"),
+    ],
+)
+def test_activations_that_are_not_known(form: dict[str, Any], message: str, tmp_path: Path) -> None:
+    condensed = apply_plan(tiny_model("gpt_oss"), CondensePlan([CondensedLayer(2, [1], [0.5])]))
+    condensed.config.condense_config["condensed_layers"]["2"]["gated_activation"] = form
+    with pytest.raises(ValueError, match=f"can't be understood for decoder layer 2.*{message}"):
+        type(condensed)._from_config(condensed.config)
+
+
+# --- the table ---
+
+
+def shared_expert(block: SparseBlock) -> str:
+    if block.shared is None:
+        return "no"
+    return "with a gate per token" if block.shared_gate is not None else "yes"
+
+
+def experts(block: SparseBlock) -> str:
+    """How they differ from `act(gate) * up` without biases, and from the shared expert."""
+    forms = [form.get("form", "plain") for form in (block.activation, block.shared_activation)]
+    words = [] if forms[0] == "plain" else [forms[0]]
+    if block.shared is not None and block.shared_activation != block.activation:
+        words.append(f"the shared one {forms[1]}" if forms[0] != forms[1] else "the shared one with another limit")
+    return ", ".join([*words, *(["with biases"] if block.expert_weights().biased else [])])
+
+
+def row(model_type: str) -> list[str]:
+    """Type, class, shared expert, kind of experts, and why it can't be condensed (or that it can)."""
+    arch = ARCHITECTURES.get(model_type) or REFUSED[model_type]
+    try:
+        block = find_sparse_blocks(tiny_model(model_type))[0]
+    except UnsupportedModelError as error:
+        reason = re.sub(r" ?\(relative difference [^)]*\)", "", str(error)).partition("can't be condensed: ")[2]
+        return [model_type, arch.model, "", "", f"refused: {(reason or str(error)).rstrip('.')}"]
+    works = "works" if model_type not in UNSEARCHED else "works with a plan; not searched (several residual streams)"
+    return [model_type, arch.model, shared_expert(block), experts(block), works]
+
+
+def table() -> str:
+    """The text of docs/architectures.md."""
+    rows = [row(model_type) for model_type in (*ARCHITECTURES, *REFUSED)]
+    working = sorted(cells for cells in rows if cells[-1].startswith("works"))
+    refused = sorted(cells for cells in rows if not cells[-1].startswith("works"))
+    lines = [
+        "# Architectures",
+        "",
+        f"Sparse decoders of transformers {TABLE_VERSION}, each tried on a tiny model with random weights:",
+        f"{len(working)} can be condensed, {len(refused)} are refused with the reason.",
+        "`python -m tests.test_architectures` writes this file; a test fails when it is out of date.",
+        "",
+        "| model type | class | shared expert | experts | condensed |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(cells)} |" for cells in (*working, *refused)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_is_up_to_date() -> None:
+    if not transformers.__version__.startswith(f"{TABLE_VERSION}."):
+        pytest.skip(f"the table is that of transformers {TABLE_VERSION}")
+    assert all(available(model_type) for model_type in (*ARCHITECTURES, *REFUSED))
+    assert TABLE.read_text(encoding="utf-8") == table(), "run `python -m tests.test_architectures`"
+
+
+if __name__ == "__main__":
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(), encoding="utf-8")
