@@ -370,10 +370,36 @@ def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfi
         {
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "condense_config": None,
+            "base_model_tp_plan": property(lambda config: tensor_parallel_plan(base.base_model_tp_plan, config)),
             "__annotations__": {"condense_config": "dict | None"},
             "__doc__": f"Config of a condensed model on `{base.__name__}`.",
         },
     )
+
+
+def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> dict[str, str] | None:
+    """How the modules of a condensed model are split over processes: the base architecture's plan, and its MLPs.
+
+    Names are patterns ("layers.*.mlp.up_proj"), so layers that are sparse or dense by birth share the entries; they
+    have other names inside, or the same gated MLP. A gate per token scales the first of the MLP's neurons: with such a
+    gate, what the processes have of them is gathered before, and split again after.
+
+    Args:
+        base_plan (`Mapping[str, str]`, *optional*): The base architecture's; None, if it can't be split, stays None.
+        config: A condensed model's config.
+    """
+    if not base_plan:
+        return None
+    plan = dict(base_plan)
+    layers = (config.condense_config or {}).get("condensed_layers", {})
+    specs = [spec for spec in layers.values() if spec.get("form", "condense") == "condense"]
+    for spec in sorted(specs, key=lambda spec: spec["shared_expert_gate"]):
+        inner, outer = ("colwise", "rowwise")
+        if spec["shared_expert_gate"]:
+            inner, outer = "colwise_gather_output", "rowwise_split_input"
+        place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
+        plan |= {f"{place}.gate_proj": inner, f"{place}.up_proj": inner, f"{place}.down_proj": outer}
+    return plan
 
 
 def condensed_model_class(base: Any) -> Any:
