@@ -31,9 +31,15 @@ if TYPE_CHECKING:
 
 
 def _write_model_card(model: PreTrainedModel, folder: Path) -> None:
-    from .report import write_model_card
+    from .model_card import write_model_card
 
     write_model_card(model, folder)
+
+
+def _base_metadata(name_or_path: str) -> dict[str, Any]:
+    from .model_card import base_metadata
+
+    return base_metadata(name_or_path)
 
 
 # With the package installed, a condensed model gives its plan as an object and saves a model card.
@@ -179,6 +185,7 @@ def become_condensed(
         "parameters": {"before": parameters_before, "after": model.num_parameters()},
         # A folder's whole path is nobody's business but its owner's.
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "base_card": _base_metadata(base_model),
         "plan": plan.to_dict(),
     }
     if all_condensed:

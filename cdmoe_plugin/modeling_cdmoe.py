@@ -391,9 +391,14 @@ def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> di
     if not base_plan:
         return None
     plan = dict(base_plan)
-    layers = (config.condense_config or {}).get("condensed_layers", {})
-    specs = [spec for spec in layers.values() if spec.get("form", "condense") == "condense"]
-    for spec in sorted(specs, key=lambda spec: spec["shared_expert_gate"]):
+    layers = config.condense_config.get("condensed_layers") if isinstance(config.condense_config, Mapping) else None
+    # A trimmed MLP has nothing to split; what can't be understood is refused when the layers are made.
+    specs = [
+        spec
+        for spec in (layers.values() if isinstance(layers, Mapping) else ())
+        if isinstance(spec, Mapping) and isinstance(spec.get("module"), str) and "shared_expert_gate" in spec
+    ]
+    for spec in sorted(specs, key=lambda spec: bool(spec["shared_expert_gate"])):
         inner, outer = ("colwise", "rowwise")
         if spec["shared_expert_gate"]:
             inner, outer = "colwise_gather_output", "rowwise_split_input"

@@ -102,7 +102,7 @@ def test_gradient_checkpointing(model_type: str, some: bool) -> None:
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            assert model.is_gradient_checkpointing
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model.zero_grad()
         unfreeze_condensed(model)
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
