@@ -43,6 +43,8 @@ MODEL_TYPE_PREFIX = "cdmoe_"
 PLAN_FILE = "condense_plan.json"
 MODELING_FILE = "modeling_cdmoe.py"
 MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
+# Of the card that transformers makes for models that have none.
+_GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 
@@ -311,6 +313,20 @@ class CondensedModelMixin(_Model):
             write_model_card(self, folder)
             super().save_pretrained(folder, **kwargs)
 
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """The last step of both `push_to_hub` and `save_pretrained(push_to_hub=True)`: uploads what was saved.
+
+        transformers has just put a generic card over ours, and would leave out files that were written before its own.
+        A card of the hub's repository that somebody wrote stays.
+        """
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            if not _is_someones_card(Path(working_dir, "README.md")):
+                write_model_card(self, Path(working_dir))
+            files_timestamps = {}  # the folder is a temporary one and holds this checkpoint alone
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
 
 def plan_from_dict(plan: dict[str, Any]) -> Any:
     """Hook for the package, which returns a `CondensePlan` instead."""
@@ -356,7 +372,8 @@ def _is_someones_card(path: Path) -> bool:
     """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
     if path.name != "README.md" or not path.is_file():
         return False
-    return MODEL_CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return MODEL_CARD_MARK not in text and _GENERIC_CARD not in text
 
 
 # --- classes, made on first use --------------------------------------------------------------------------------------
