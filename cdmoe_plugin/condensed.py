@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def _write_model_card(model: PreTrainedModel, folder: Path) -> None:
-    from .report import write_model_card
+    from .model_card import write_model_card
 
     write_model_card(model, folder)
 
@@ -41,6 +41,12 @@ def _plan_from_dict(plan: dict[str, Any]) -> CondensePlan:
         return CondensePlan.from_dict(plan)
     except ValueError as error:
         raise ValueError(f"`condense_config.plan` of this model's config is no valid condense plan: {error}") from error
+
+
+def _base_metadata(name_or_path: str) -> dict[str, Any]:
+    from .model_card import base_metadata
+
+    return base_metadata(name_or_path)
 
 
 # With the package installed, a condensed model gives its plan as an object and saves a model card.
@@ -207,6 +213,7 @@ def become_condensed(
         "parameters": {"before": parameters_before, "after": model.num_parameters()},
         # A folder's whole path is nobody's business but its owner's.
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "base_card": _base_metadata(base_model),
         "plan": plan.to_dict(),
     }
     if all_condensed:

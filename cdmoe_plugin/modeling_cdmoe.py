@@ -54,6 +54,8 @@ MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
 # Where a folder is written before it gets its place, see `replacing_files`; the group is the name that it will have.
 STAGING = re.compile(r"\.(.+)\.saving-\d+")
 NO_NAME = re.compile(r"(?!)")  # matches nothing
+# Of the card that transformers makes for models that have none.
+_GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 
@@ -400,6 +402,20 @@ class CondensedModelMixin(_Model):
             write_model_card(self, folder)
             super().save_pretrained(folder, **kwargs)
 
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """The last step of both `push_to_hub` and `save_pretrained(push_to_hub=True)`: uploads what was saved.
+
+        transformers has just put a generic card over ours, and would leave out files that were written before its own.
+        A card of the hub's repository that somebody wrote stays.
+        """
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            if not _is_someones_card(Path(working_dir, "README.md")):
+                write_model_card(self, Path(working_dir))
+            files_timestamps = {}  # the folder is a temporary one and holds this checkpoint alone
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
 
 def plan_from_dict(plan: dict[str, Any]) -> Any:
     """Hook for the package, which returns a `CondensePlan` instead."""
@@ -577,7 +593,8 @@ def _is_someones_card(path: Path) -> bool:
     """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
     if not path.is_file():
         return False
-    return MODEL_CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return MODEL_CARD_MARK not in text and _GENERIC_CARD not in text
 
 
 # --- classes, made on first use --------------------------------------------------------------------------------------
@@ -591,10 +608,41 @@ def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfi
         {
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "condense_config": None,
+            "base_model_tp_plan": property(lambda config: tensor_parallel_plan(base.base_model_tp_plan, config)),
             "__annotations__": {"condense_config": "dict | None"},
             "__doc__": f"Config of a condensed model on `{base.__name__}`.",
         },
     )
+
+
+def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> dict[str, str] | None:
+    """How the modules of a condensed model are split over processes: the base architecture's plan, and its MLPs.
+
+    Names are patterns ("layers.*.mlp.up_proj"), so layers that are sparse or dense by birth share the entries; they
+    have other names inside, or the same gated MLP. A gate per token scales the first of the MLP's neurons: with such a
+    gate, what the processes have of them is gathered before, and split again after.
+
+    Args:
+        base_plan (`Mapping[str, str]`, *optional*): The base architecture's; None, if it can't be split, stays None.
+        config: A condensed model's config.
+    """
+    if not base_plan:
+        return None
+    plan = dict(base_plan)
+    layers = config.condense_config.get("condensed_layers") if isinstance(config.condense_config, Mapping) else None
+    # A trimmed MLP has nothing to split; what can't be understood is refused when the layers are made.
+    specs = [
+        spec
+        for spec in (layers.values() if isinstance(layers, Mapping) else ())
+        if isinstance(spec, Mapping) and isinstance(spec.get("module"), str) and "shared_expert_gate" in spec
+    ]
+    for spec in sorted(specs, key=lambda spec: bool(spec["shared_expert_gate"])):
+        inner, outer = ("colwise", "rowwise")
+        if spec["shared_expert_gate"]:
+            inner, outer = "colwise_gather_output", "rowwise_split_input"
+        place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
+        plan |= {f"{place}.gate_proj": inner, f"{place}.up_proj": inner, f"{place}.down_proj": outer}
+    return plan
 
 
 def condensed_model_class(base: Any) -> Any:

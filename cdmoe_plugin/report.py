@@ -1,20 +1,17 @@
-"""What people look at: tables, the figure of divergence per layer, and the model card of a condensed checkpoint."""
+"""What people look at: tables, and the figure of divergence per layer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
 from .budget import LayerBudget
 from .condensed import apply_layers
 from .config import CondenseConfig
 from .loading import sketch_model
-from .modeling_cdmoe import MODEL_CARD_MARK
 from .plan import CondensedLayer, CondensePlan
 from .sparse import SparseBlock, check_config, model_shape
 from .trimming import check_trimming, parameters_without
@@ -22,41 +19,8 @@ from .trimming import check_trimming, parameters_without
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CARD = """---
-{data}
----
-{mark}
-# {title}
-
-{what} {parameters}
-
-{table}
-
-`score` is the divergence of the model's output once this layer and those above it in the table are {done}.
-{calibration}
-{recovery}
-## Use
-
-```python
-import cdmoe_plugin  # or, without the package, trust_remote_code=True
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this checkpoint")
-```
-{quantised}
-`condense_plan.json` holds the whole plan; `cdmoe_plugin.condense_pretrained(base, plan="condense_plan.json")` makes
-this model again from the base model.
-"""
-
-_CONDENSED = """A condensed Mixture-of-Experts model: in {layers} decoder layers, the router and all but a few routed
-experts are gone, and those that are kept stand, with constant gates, beside the shared expert in one dense MLP
-([CD-MoE](https://arxiv.org/abs/2412.00069))."""
-
-_TRIMMED = """A Mixture-of-Experts model with Layer Trimming ([He et al. 2024](https://arxiv.org/abs/2406.15786)): in
-{layers} decoder layers, the whole MLP sub-layer is gone, and only the residual passes."""
-
 # What is said of a plan's layers, by its form.
-_DONE = {"condense": "condensed", "trim_layer": "trimmed", "trim_block": "dropped"}
+DONE = {"condense": "condensed", "trim_layer": "trimmed", "trim_block": "dropped"}
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -85,7 +49,7 @@ def plan_table(plan: CondensePlan) -> str:
             )
             for layer in plan.layers
         ]
-        return format_table([f"decoder layer {_DONE[plan.form]}", "similarity", "score"], trimmed)
+        return format_table([f"decoder layer {DONE[plan.form]}", "similarity", "score"], trimmed)
     rows = [
         (
             layer.layer,
@@ -138,7 +102,7 @@ def dry_run(
         after = sketch.num_parameters()
     rows = [
         (name, f"{count:,}", f"{count / 1e9:.2f} B", f"{count * width / 2**30:.2f} GiB", f"{1 - count / before:.1%}")
-        for name, count in (("sparse", before), (f"{len(experts)} layers {_DONE[request.form]}", after))
+        for name, count in (("sparse", before), (f"{len(experts)} layers {DONE[request.form]}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)
 
@@ -182,67 +146,3 @@ def _bar_chart(divergences: dict[int, float], chosen: Sequence[int]) -> Figure:
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _recovery_section(stages: Sequence[dict[str, Any]]) -> str:
-    """What training after condensing did, by the summaries in the config; see `recovery.stages.StageSummary`."""
-    if not stages:
-        return ""
-    rows = [
-        (
-            s["stage"],
-            f"{s['held_out_before']:.4f}",
-            f"{s['held_out_after']:.4f}",
-            f"{s['tokens']:,}",
-            f"{s['trained']:,}",
-        )
-        for s in stages
-    ]
-    header = ["stage", "held-out loss before", "after", "tokens", "parameters trained"]
-    return f"\nThe condensed layers were then trained, all else frozen:\n\n{format_table(header, rows)}\n"
-
-
-def write_model_card(model: Any, folder: Path) -> None:
-    """Writes README.md into the folder of a condensed checkpoint that is being saved.
-
-    Raises:
-        ValueError: if what the model's config says of how it was condensed was edited and can't be understood.
-    """
-    try:
-        text = _model_card(model)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"`condense_config` of this model's config can't be understood ({error!r}).") from error
-    ModelCard(text).save(folder / "README.md")
-
-
-def _model_card(model: Any) -> str:
-    config = model.config.condense_config
-    plan = model.condense_plan
-    base = config.get("base_model") or model._base_class.__name__
-    sizes = config.get("parameters", {})
-    parameters = ""
-    if sizes:
-        saved = 1 - sizes["after"] / sizes["before"]
-        parameters = f"{sizes['before']:,} parameters became {sizes['after']:,}, {saved:.1%} fewer."
-    calibration = ""
-    if plan.calibration:
-        calibration = "Calibrated on {num_samples} samples ({num_tokens} tokens) of {source}.".format(
-            **plan.calibration
-        )
-    quantised = ""
-    if getattr(model, "quantization_method", None) is not None:
-        quantised = f"\nThe weights are quantised, by {model.quantization_method.value}; opening them needs it.\n"
-    tags = sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])})
-    data = ModelCardData(library_name="transformers", tags=tags, base_model=base if "/" in base else None)
-    return _CARD.format(
-        data=data.to_yaml(),
-        mark=MODEL_CARD_MARK,
-        title=f"{base}, {_DONE[plan.form]}",
-        what=(_CONDENSED if plan.form == "condense" else _TRIMMED).format(layers=len(plan.layers)),
-        done=_DONE[plan.form],
-        parameters=parameters,
-        table=plan_table(plan),
-        calibration=calibration,
-        quantised=quantised,
-        recovery=_recovery_section(config.get("recovery") or []),
-    )

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -260,6 +261,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     # Logits, loss, and the load-balancing loss where router logits are asked for
     forward = Qwen2MoeForCausalLM.forward
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, **kwargs: Any) -> Any:
+        """As any model's, but one mask: Qwen2-MoE's config asks for one per kind of attention, and here all is full."""
+        masks = create_masks_for_generate(*args, **kwargs)
+        return masks["full_attention"] if isinstance(masks, dict) else masks
 
 
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
