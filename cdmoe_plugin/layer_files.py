@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .offload import offloading_hooks
 from .unread import Unread, layer_of
@@ -65,11 +67,24 @@ class CheckpointLayers(Mapping[str, Tensor]):
         return len(self.names)
 
     def _read(self, layer: int) -> dict[str, Tensor]:
-        self.load(self.sketch, dict(self.tensors[layer]), None, self.load_config)
+        with no_progress_bars():  # one for every layer, again and again
+            self.load(self.sketch, dict(self.tensors[layer]), None, self.load_config)
         module = self.sketch.get_submodule(f"{self.prefix}{layer}")
         weights = {f"{self.prefix}{layer}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
         module.to("meta")
         return weights
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Turns transformers' progress bars off for a while."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_but_layers(
@@ -90,7 +105,8 @@ def load_but_layers(
         key: torch.empty(tensor.shape, dtype=tensor.torch_dtype, device="meta") for key, tensor in tensors.items()
     }
     on_meta = replace(load_config, device_map={"": "meta"}, disk_offload_folder=None)
-    info, _ = load(sketch, shapes, None, on_meta)
+    with no_progress_bars():
+        info, _ = load(sketch, shapes, None, on_meta)
     # Hooks bring parameters, and no buffers. These may have other names on disk, but nothing that large is one.
     saved = sketch.state_dict()
     largest = max((buffer.numel() for name, buffer in sketch.named_buffers() if name in saved), default=0)

@@ -386,6 +386,8 @@ class CondensedModelMixin(_Model):
         if only_adapters or not saves or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process, **kwargs)
             return
+        if any(parameter.is_meta for parameter in self.parameters()):  # offloaded: a file is put together in memory
+            kwargs.setdefault("max_shard_size", "1GB")
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         self.config.auto_map = auto_map(type(self), getattr(self.config, "auto_map", None))

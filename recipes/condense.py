@@ -82,7 +82,10 @@ class CondenseArguments:
     )
     revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Size of the saved checkpoint's files, at most."})
+    max_shard_size: str | None = field(
+        default=None,
+        metadata={"help": "Size of the saved checkpoint's files, at most: 5GB if unset, 1GB with --offload_folder."},
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -153,7 +156,8 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     if not accelerator.is_main_process:
         return
     with replacing_files(output_dir) as folder:  # all of it is there at once, or nothing
-        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        # What is offloaded is read again for one file at a time.
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size or ("1GB" if args.offload_folder else "5GB"))
         model.condense_plan.save(folder / "condense_plan.json")  # a model with fewer layers does not bring its own
         if has_tokenizer(args.model_name_or_path):
             AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(folder)
