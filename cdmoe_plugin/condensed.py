@@ -43,6 +43,12 @@ def _plan_from_dict(plan: dict[str, Any]) -> CondensePlan:
         raise ValueError(f"`condense_config.plan` of this model's config is no valid condense plan: {error}") from error
 
 
+def _state_of_offloaded(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    from .layer_files import state_on_disk
+
+    return state_on_disk(model)
+
+
 def _base_metadata(name_or_path: str) -> dict[str, Any]:
     from .model_card import base_metadata
 
@@ -52,6 +58,7 @@ def _base_metadata(name_or_path: str) -> dict[str, Any]:
 # With the package installed, a condensed model gives its plan as an object and saves a model card.
 modeling_cdmoe.plan_from_dict = _plan_from_dict
 modeling_cdmoe.write_model_card = _write_model_card
+modeling_cdmoe.state_of_offloaded = _state_of_offloaded
 
 
 @torch.no_grad()

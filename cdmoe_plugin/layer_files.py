@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from .offload import offloading_hooks
+from .offload import offloading_hooks, weight_of
 from .unread import Unread, layer_of
 
 
@@ -39,7 +40,8 @@ class CheckpointLayers(Mapping[str, Tensor]):
         self.sketch = sketch
         self.prefix = f"{layers_path}."
         self.load = load
-        self.load_config = replace(load_config, device_map={"": "cpu"}, disk_offload_folder=None)
+        # With a module on disk, if only by name, transformers converts one weight at a time, not several in threads.
+        self.load_config = replace(load_config, device_map={"": "cpu", "nothing": "disk"}, disk_offload_folder=None)
         self.tensors: dict[int, dict[str, Unread]] = {}
         for key, tensor in tensors.items():
             layer = layer_of(key)
@@ -119,6 +121,41 @@ def load_but_layers(
 
 def _in_memory(device_map: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
+
+
+def state_on_disk(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """A model's weights under the names of its checkpoint, each a view of a file that is not read before it is used.
+
+    Decoder layers that are as they were come from the checkpoint's own files: in memory, and in the other form that the
+    model has of them, they would be there twice.
+
+    Returns:
+        None for a model whose layers are not in the checkpoint's files, or of another dtype there.
+    """
+    layers = _layers_of(model)
+    if layers is None:
+        return None
+    changed = {int(layer) for layer in (getattr(model.config, "condense_config", None) or {})["condensed_layers"]}
+    kept = {layer: tensors for layer, tensors in layers.tensors.items() if layer not in changed}
+    if any(tensor.torch_dtype != model.dtype for tensors in kept.values() for tensor in tensors.values()):
+        return None
+    own = {
+        name: weight_of(model, name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(f"{layers.prefix}{layer}." for layer in kept))
+    }
+    state = {key: tensor[...] for tensors in kept.values() for key, tensor in tensors.items()}
+    return state | revert_weight_conversion(model, own)
+
+
+def _layers_of(model: PreTrainedModel) -> CheckpointLayers | None:
+    for module in model.modules():
+        for hook in offloading_hooks(module):
+            weights: Any = hook.weights_map
+            found = getattr(getattr(weights, "dataset", weights), "state_dict", None)
+            if isinstance(found, CheckpointLayers):
+                return found
+    return None
 
 
 def bring_from(model: PreTrainedModel, layers: CheckpointLayers) -> None:

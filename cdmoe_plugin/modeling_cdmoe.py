@@ -388,6 +388,9 @@ class CondensedModelMixin(_Model):
             return
         if any(parameter.is_meta for parameter in self.parameters()):  # offloaded: a file is put together in memory
             kwargs.setdefault("max_shard_size", "1GB")
+            state_dict = state_of_offloaded(self) if kwargs.get("state_dict") is None else None
+            if state_dict is not None:
+                kwargs |= {"state_dict": state_dict, "save_original_format": False}
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         self.config.auto_map = auto_map(type(self), getattr(self.config, "auto_map", None))
@@ -426,6 +429,11 @@ def plan_from_dict(plan: dict[str, Any]) -> Any:
 
 def write_model_card(model: PreTrainedModel, folder: Path) -> None:
     """Hook for the package, which writes a README.md."""
+
+
+def state_of_offloaded(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Hook for the package, which knows where the weights of its offloaded models are."""
+    return None
 
 
 # --- saving: the old folder or the new one ---------------------------------------------------------------------------

@@ -12,8 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
+from accelerate import cpu_offload
+from accelerate.hooks import (
+    AlignDevicesHook,
+    SequentialHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+    remove_hook_from_module,
+)
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -82,7 +90,7 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
     Args:
         module (`nn.Module`): What is offloaded.
         example (`nn.Module`): A module that accelerate offloaded, to the disk or the CPU.
-        name (`str`): Of a new folder beside the other weights on disk.
+        name (`str`): Of a new file beside the other weights on disk.
     """
     hooks = [hook for part in example.modules() for hook in offloading_hooks(part)]
     if not hooks:
@@ -91,8 +99,15 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
     folder = _folder(hooks[0])
     if folder is None:
         cpu_offload(module, device)
-    else:
-        disk_offload(module, str(folder / name), device)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = str(folder / f"{name}.safetensors")
+    weights = {key: tensor.detach().contiguous() for key, tensor in module.state_dict().items()}
+    save_file(weights, file)
+    index = {key: {"safetensors_file": file, "weight_name": key} for key in weights}
+    on_disk = OffloadedWeightsLoader(save_folder=str(folder), index=index)
+    add_hook_to_module(module, AlignDevicesHook(io_same_device=True))
+    attach_align_device_hook(module, device, offload=True, weights_map=on_disk)
 
 
 def _folder(hook: AlignDevicesHook) -> Path | None:

@@ -75,7 +75,9 @@ def test_the_same_plan_and_weights(arch: str, tmp_path: Path) -> None:
     assert in_layers(model) == {"meta"}
     # Of all others, no copy is made.
     layers = sorted(layer.layer for layer in plain.condense_plan.layers)
-    assert sorted(path.name for path in (tmp_path / "offload").iterdir()) == [f"condensed-{i}" for i in layers]
+    assert sorted(path.name for path in (tmp_path / "offload").iterdir()) == [
+        f"condensed-{i}.safetensors" for i in layers
+    ]
     model = on_disk(tmp_path / "sparse", tmp_path / "again", None, plan=plain.condense_plan)
     assert in_layers(model) == {"meta"}
     assert_same_weights(plain, model, tmp_path)
