@@ -24,7 +24,9 @@ def trim_plan(form: str, layers: Sequence[int]) -> CondensePlan:
 def trimmed_by_hand(model: PreTrainedModel, form: str, layers: Sequence[int]) -> Iterator[None]:
     """The whole model with hooks: an MLP's output becomes zeros, or a decoder layer gives back what it was given."""
 
-    def nothing(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def nothing(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # and what the router gave
+            return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
     def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
