@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from .offload import offloading_hooks, weight_of
-from .unread import Unread, layer_of
+from .sparse import has_stacked_weights, shrink_experts
+from .unread import Unread, layer_of, numbered_experts, some_experts, without_experts
+
+# Experts of which the weights are stacked at once.
+_AT_ONCE = 8
 
 
 class CheckpointLayers(Mapping[str, Tensor]):
@@ -69,12 +73,39 @@ class CheckpointLayers(Mapping[str, Tensor]):
         return len(self.names)
 
     def _read(self, layer: int) -> dict[str, Tensor]:
-        with no_progress_bars():  # one for every layer, again and again
-            self.load(self.sketch, dict(self.tensors[layer]), None, self.load_config)
+        tensors = self.tensors[layer]
+        numbers = numbered_experts(tensors)
         module = self.sketch.get_submodule(f"{self.prefix}{layer}")
-        weights = {f"{self.prefix}{layer}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        with no_progress_bars():  # one for every layer, again and again
+            whole = self._read_experts(module, tensors, numbers) if numbers else {}
+            self.load(self.sketch, without_experts(tensors), None, self.load_config)
+        weights = {name: parameter.detach() for name, parameter in module.named_parameters()} | whole
         module.to("meta")
-        return weights
+        return {f"{self.prefix}{layer}.{name}": weight for name, weight in weights.items()}
+
+    def _read_experts(
+        self, module: nn.Module, tensors: Mapping[str, Unread], numbers: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The stacked weights of experts that lie one by one on disk, a few at a time.
+
+        transformers has all that it stacks in memory twice or more.
+        """
+        path, experts = next((name, m) for name, m in module.named_modules() if has_stacked_weights(m))
+        prefix = f"{path}." if path else ""
+        whole: dict[str, Tensor] = {}
+        shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in experts.named_parameters()}
+        for start in range(0, len(numbers), _AT_ONCE):
+            some = numbers[start : start + _AT_ONCE]
+            shrink_experts(experts, len(numbers), len(some))
+            self.load(self.sketch, some_experts(tensors, some), None, self.load_config)
+            for name, parameter in experts.named_parameters():
+                if not parameter.is_meta:
+                    if name not in whole:
+                        whole[name] = torch.empty(shapes[name][0], dtype=shapes[name][1])
+                    rows = len(parameter) // len(some)
+                    whole[name][start * rows :][: len(parameter)] = parameter.detach()
+            shrink_experts(experts, len(some), len(numbers))
+        return {prefix + name: weight for name, weight in whole.items()}
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
 from .layer_files import CheckpointLayers, bring_from, load_but_layers
 from .plan import CondensePlan
-from .sparse import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
+from .sparse import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks, shrink_experts
 from .unread import unread_tensors
 
 
@@ -159,7 +158,7 @@ def _loader_class(
         base.__init__(self, config, *args, **kwargs)
         for block in describe_sparse_blocks(self):
             if block.layer in kept:
-                _shrink(block.experts, counts[block.layer], len(kept[block.layer]))
+                shrink_experts(block.experts, counts[block.layer], len(kept[block.layer]))
 
     def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any) -> Any:
         if files is not None:
@@ -175,13 +174,3 @@ def _loader_class(
     # Under the base's own name and module, transformers treats it as the class that it is.
     namespace = {"__module__": base.__module__, "__init__": init, "_load_pretrained_model": staticmethod(load)}
     return type(base.__name__, (base,), namespace)
-
-
-def _shrink(experts: nn.Module, count: int, kept: int) -> None:
-    for module in experts.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim >= 2 and parameter.shape[0] % count == 0:
-                shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
-                setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
-        if getattr(module, "num_experts", None) == count:
-            setattr(module, "num_experts", kept)  # noqa: B010  (nn.Module declares its attributes to be tensors)

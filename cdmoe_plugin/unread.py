@@ -53,6 +53,28 @@ class Unread:
             return torch.cat([part[rows.start : rows.stop] for rows in self.rows])
 
 
+def numbered_experts(tensors: Mapping[str, Unread]) -> list[int]:
+    """The experts that have tensors of their own among those of a layer; none where they share one."""
+    matches = (_ONE_EXPERT.search(key) for key in tensors)
+    return sorted({int(match["expert"]) for match in matches if match})
+
+
+def some_experts(tensors: Mapping[str, Unread], experts: Sequence[int]) -> dict[str, Unread]:
+    """The tensors of some experts of a layer, renumbered from 0."""
+    found = {}
+    for key, tensor in tensors.items():
+        match = _ONE_EXPERT.search(key)
+        if match is not None and int(match["expert"]) in experts:
+            start, end = match.span("expert")
+            found[f"{key[:start]}{experts.index(int(match['expert']))}{key[end:]}"] = tensor
+    return found
+
+
+def without_experts(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
+    """The tensors that belong to no single expert."""
+    return {key: tensor for key, tensor in tensors.items() if _ONE_EXPERT.search(key) is None}
+
+
 def unread_tensors(
     files: Sequence[str], kept: Mapping[int, Sequence[int]], counts: Mapping[int, int]
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ reason and never condensed wrongly.
 
 from .block import Routing, SparseBlock, hidden_of, patched_forward
 from .find import check_config, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
-from .weights import GatedWeights, UnsupportedModelError
+from .weights import GatedWeights, UnsupportedModelError, has_stacked_weights, shrink_experts
 
 __all__ = [
     "GatedWeights",
@@ -22,8 +22,10 @@ __all__ = [
     "check_config",
     "describe_sparse_blocks",
     "find_sparse_blocks",
+    "has_stacked_weights",
     "hidden_of",
     "model_shape",
     "patched_forward",
     "probe_blocks",
+    "shrink_experts",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -159,3 +160,14 @@ def activation_name(experts: nn.Module, config: Any) -> str:
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = x @ weight.mT
     return product if bias is None else product + bias.unsqueeze(-2)
+
+
+def shrink_experts(experts: nn.Module, count: int, kept: int) -> None:
+    """Gives a module of stacked expert weights room for `kept` experts instead of `count`; what it held is gone."""
+    for module in experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim >= 2 and parameter.shape[0] % count == 0:
+                shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
+                setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta")))
+        if getattr(module, "num_experts", None) == count:
+            setattr(module, "num_experts", kept)  # noqa: B010  (nn.Module declares its attributes to be tensors)
