@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, export_stock
@@ -47,6 +48,7 @@ import sys
 from pathlib import Path
 sys.modules["cdmoe_plugin"] = None
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 ids = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 64]])
 for folder in Path(sys.argv[1]).iterdir():
@@ -54,7 +56,7 @@ for folder in Path(sys.argv[1]).iterdir():
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(model).__module__.startswith("transformers.models."), type(model)
     with torch.no_grad():
-        torch.save(model(input_ids=ids, use_cache=False).logits[0], folder / "logits.pt")
+        save_file({"logits": model(input_ids=ids, use_cache=False).logits[0]}, folder / "logits.safetensors")
 """
 
 
@@ -67,7 +69,7 @@ def test_opens_without_this_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)], check=True, timeout=240)
     for name, model in models.items():
         (expected,) = first_output(model, [[5, 9, 2, 77, 31, 8, 8, 64]])
-        assert same(torch.load(tmp_path / name / "logits.pt", weights_only=True), expected)
+        assert same(load_file(tmp_path / name / "logits.safetensors")["logits"], expected)
 
 
 def test_names_on_disk_are_the_original_ones(tmp_path: Path) -> None:
