@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from .offload import offloading_hooks, weight_of
+from .offload import offloading_hooks, release_freed_memory, weight_of
 from .sparse import has_stacked_weights, shrink_experts
 from .unread import Unread, layer_of, numbered_experts, some_experts, without_experts
 
@@ -59,6 +59,7 @@ class CheckpointLayers(Mapping[str, Tensor]):
         layer = int(name.removeprefix(self.prefix).partition(".")[0])
         if layer != self._layer:
             self._layer, self._weights = None, {}  # the layer before goes first
+            release_freed_memory()
             self._weights = self._read(layer)
             self._layer = layer
         return self._weights[name]

@@ -7,6 +7,8 @@ many times and reads its weights, so here the weights of one layer are held for 
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -108,6 +110,13 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
     on_disk = OffloadedWeightsLoader(save_folder=str(folder), index=index)
     add_hook_to_module(module, AlignDevicesHook(io_same_device=True))
     attach_align_device_hook(module, device, offload=True, weights_map=on_disk)
+
+
+def release_freed_memory() -> None:
+    """Gives the system back what is free between pieces in use, where the C library can (glibc does not by itself)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _folder(hook: AlignDevicesHook) -> Path | None:

@@ -28,6 +28,7 @@ from cdmoe_plugin import (
     search_plan,
 )
 from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
+from cdmoe_plugin.sparse import block as block_room
 
 from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
 from .naive import naive_expert, naive_glus, naive_shared
@@ -79,6 +80,17 @@ def test_block_with_its_own_routing(model_type: str) -> None:
         outputs = block.expert_outputs(x[0])[routes[0].experts.T, torch.arange(7)]  # [k, T, H]
         seen = block.shared_output(x[0]) + (outputs * routes[0].weights.T[..., None]).sum(0)
         torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "dbrx"])
+def test_experts_of_a_large_layer_compute_a_few_at_a_time(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = find_sparse_blocks(tiny_model(model_type))[-1]
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    whole = block.expert_outputs(x)
+    elements = block.expert_weights().up[0].numel()
+    monkeypatch.setattr(block_room, "_WEIGHT_ELEMENTS", {"cpu": 3 * elements})  # three, three and two
+    torch.testing.assert_close(block.expert_outputs(x), whole)
+    torch.testing.assert_close(block.expert_outputs(x, [5, 0, 7, 2]), whole[[5, 0, 7, 2]])
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in SEARCHABLE])

@@ -145,6 +145,8 @@ def test_ties_go_to_the_lower_index(selection: str, monkeypatch: pytest.MonkeyPa
     scores = {1: 3.0, 2: 1.0 + 3e-7, 4: 1.0, 5: 2.0, 7: 1.0 - 3e-7}
 
     class Additive:
+        steps = 1
+
         def __init__(self, _data: Any) -> None: ...
 
         def divergences(self, variants: Iterable[frozenset[int]], _tick: Any) -> dict[frozenset[int], float]:
@@ -153,6 +155,22 @@ def test_ties_go_to_the_lower_index(selection: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(layer_room, "ModelVariants", Additive)
     data = SimpleNamespace(candidates=list(scores), own_divergences=scores)
     assert LAYER_SELECTIONS[selection](data, 4).layers == [2, 4, 7, 5]
+
+
+@pytest.mark.parametrize("cache_memory", ["1KB", "1GB"])
+def test_progress_ends_where_it_should(cache_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+
+    class Watched(layer_room.ModelVariants):
+        def divergences(self, variants: Any, tick: Any = int) -> dict[frozenset[int], float]:
+            done: list[int] = []
+            scores = super().divergences(variants, done.append)
+            rounds.append((sum(done), self.steps))
+            return scores
+
+    monkeypatch.setattr(layer_room, "ModelVariants", Watched)
+    search_plan(model(), replace(CONFIG, batch_size=1, cache_memory=cache_memory), calibration=SEQUENCES)
+    assert rounds == [(5 * 4, 5 * 4)] * 3  # five layers, four batches
 
 
 def test_what_does_not_go_together_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from .path import LayerSearchData, ModelVariants
 
 logger = logging.get_logger(__name__)
 
-# Shares of the work and the time left: what is counted are fractions of rounds.
+# Shares of the work and the time left: what is counted are layers run, which tells a reader nothing.
 _BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -48,7 +48,7 @@ def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     """
     order = LayerOrder([], [])
     model = ModelVariants(data)
-    with logging.tqdm(total=num_layers, desc="Layer search", bar_format=_BAR) as progress:
+    with logging.tqdm(total=num_layers * model.steps, desc="Layer search", bar_format=_BAR) as progress:
         for _ in range(num_layers):
             chosen = frozenset(order.layers)
             left = {layer: chosen | {layer} for layer in data.candidates if layer not in chosen}
@@ -127,7 +127,7 @@ LAYER_SELECTIONS: dict[str, Callable[[LayerSearchData, int], LayerOrder]] = {
 def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float]:
     """Divergence of the model's output when each of these layers is condensed alone."""
     variants = {layer: frozenset({layer}) for layer in layers}
-    with logging.tqdm(total=1, desc="Layers alone", bar_format=_BAR) as progress:
+    with logging.tqdm(total=model.steps, desc="Layers alone", bar_format=_BAR) as progress:
         found = model.divergences(variants.values(), progress.update)
     return {layer: found[variant] for layer, variant in variants.items()}
 
@@ -135,6 +135,6 @@ def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float
 def scores_along(model: ModelVariants, layers: Sequence[int]) -> list[float]:
     """Divergences of the model's output along an order that is known."""
     variants = [frozenset(layers[: number + 1]) for number in range(len(layers))]
-    with logging.tqdm(total=1, desc="Layers in order", bar_format=_BAR) as progress:
+    with logging.tqdm(total=model.steps, desc="Layers in order", bar_format=_BAR) as progress:
         found = model.divergences(variants, progress.update)
     return [found[variant] for variant in variants]

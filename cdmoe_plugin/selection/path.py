@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,14 +64,17 @@ class ModelVariants:
         self.data = data
         self.target: list[Tensor] | None = None
 
-    def divergences(
-        self, variants: Iterable[Condensed], tick: Callable[[float], object] = float
-    ) -> dict[Condensed, float]:
+    @property
+    def steps(self) -> int:
+        """Layers that are run to compare variants, each once per batch, however many variants there are."""
+        return len(self.data.stream) * len(self.data.stream.batches)
+
+    def divergences(self, variants: Iterable[Condensed], tick: Callable[[int], object] = int) -> dict[Condensed, float]:
         """How far the output of each variant is from the unmodified model's.
 
         Args:
             variants (`Iterable[frozenset[int]]`): The condensed layers of each.
-            tick (`Callable`): Told what part of the work is done, as it is done; the parts add up to 1.
+            tick (`Callable`): Told how many of the `steps` are done, as they are done.
 
         Raises:
             ValueError: naming the layers, if one is not finite.
@@ -86,13 +88,13 @@ class ModelVariants:
                 _check_finite(divergence, variant)
             known.update({self._name(variant): divergence for variant, divergence in found.items()})
         else:
-            tick(1.0)
+            tick(self.steps)
         return {variant: known[self._name(variant)] for variant in variants}
 
     def _name(self, variant: Condensed) -> str:
         return " ".join(map(str, [self.data.name, *sorted(variant)]))
 
-    def _measure(self, variants: Sequence[Condensed], tick: Callable[[float], object]) -> dict[Condensed, float]:
+    def _measure(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> dict[Condensed, float]:
         if self.target is None:
             self.target = [output for [output] in self._outputs([frozenset()], lambda _part: None)]
         distances = []
@@ -101,21 +103,20 @@ class ModelVariants:
             distances.append(torch.stack(apart))
         return dict(zip(variants, self.data.processes.total(distances).tolist(), strict=True))
 
-    def _outputs(self, variants: Sequence[Condensed], tick: Callable[[float], object]) -> Iterable[list[Tensor]]:
+    def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
         """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
         stream = self.data.stream
         size = max(sum(s[0].numel() * s[0].element_size() for s in stream.embeddings) // len(stream.embeddings), 1)
         together = max(1, self.data.cache_bytes // (size * (len(variants) + 1)))
         for start in range(0, len(stream.batches), together):
             batches = range(len(stream.batches))[start : start + together]
-            share = len(batches) / len(stream.batches)
-            states = self._run(variants, batches, partial(_tick_share, tick, share))
+            states = self._run(variants, batches, tick)
             for batch in batches:
                 last = [states[variant][batch] for variant in variants]
                 yield [self.data.comparison.output(stream.finish(state[0]), batch) for state in last]
 
     def _run(
-        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[float], object]
+        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
     ) -> dict[Condensed, dict[int, State]]:
         """The last layer's output of every variant, by batch."""
         stream = self.data.stream
@@ -133,13 +134,9 @@ class ModelVariants:
                 states = {done: states[done] for done in sparse}
                 _ran(stream, layer, list(states.values()), in_place=True)
             states.update(zip(condensed, after, strict=True))
-            tick(1 / len(stream))
+            tick(len(batches))
         stream.check_finite()
         return states
-
-
-def _tick_share(tick: Callable[[float], object], share: float, part: float) -> None:
-    tick(part * share)
 
 
 def _ran(

@@ -15,6 +15,10 @@ from ..modeling_cdmoe import GATED_ACTIVATIONS
 from ..plan import SparseLayerShape
 from .weights import GatedWeights, read_experts, read_gated_mlp
 
+# Numbers in one projection of the experts that compute at once: a product copies halves of a fused weight, which on a
+# CPU should not take as much memory again as the layer.
+_WEIGHT_ELEMENTS = {"cpu": 2**24, "cuda": 2**30}
+
 
 class Routing(NamedTuple):
     """What a router decided for T tokens: the experts, `[T, k]` int64, and what they are multiplied with, `[T, k]`."""
@@ -107,7 +111,15 @@ class SparseBlock:
         weights = self.expert_weights()
         if experts is not None:
             weights = weights.of(list(experts))
-        return weights(x, self.glu())
+        number, glu = len(weights.up), self.glu()
+        step = max(1, _WEIGHT_ELEMENTS.get(x.device.type, _WEIGHT_ELEMENTS["cpu"]) // weights.up[0].numel())
+        if step >= number:
+            return weights(x, glu)
+        outputs = x.new_empty(number, *x.shape)
+        for start in range(0, number, step):
+            some = slice(start, start + step)
+            outputs[some] = weights.of(some)(x, glu)
+        return outputs
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:
