@@ -28,7 +28,7 @@ from .state import SearchState, fingerprint
 from .trimming import check_trimming, trim_blocks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,7 @@ def condense_pretrained(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
@@ -63,7 +63,7 @@ def condense_pretrained(
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which the search keeps its results as they come; one
             that was interrupted goes on from there. Not used with a plan.
-        accelerator (`Accelerator`, *optional*): As in `search_plan`.
+        accelerator (`Accelerator` or `PartialState`, *optional*): As in `search_plan`.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...). With an
             `offload_folder` and no `device_map`, decoder layers stay in the checkpoint's files, condensed ones go to
             that folder, and one layer at a time is in memory, also as the condensed model is saved.
@@ -126,7 +126,7 @@ def search_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
 ) -> CondensePlan:
     """Chooses experts, gates and layers on calibration data; the model stays as it is.
 
@@ -137,9 +137,9 @@ def search_plan(
         tokenizer (*optional*): For texts; by default that of the checkpoint the model was loaded from.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
             interrupted goes on from there.
-        accelerator (`Accelerator`, *optional*): Splits the calibration batches over the processes of `accelerate
-            launch`, all of which must call this function with the same arguments. Every one of them returns the plan
-            that a single process would find; the main process keeps the state.
+        accelerator (`Accelerator` or `PartialState`, *optional*): Splits the calibration batches over the processes of
+            `accelerate launch`, all of which must call this function with the same arguments. Every one of them returns
+            the plan that a single process would find; the main process keeps the state.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
