@@ -12,14 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import modeling_cdmoe
-from .modeling_cdmoe import (
-    CondensedMLP,
-    CondensedModelMixin,
-    Omitted,
-    Trimmed,
-    condensed_model_class,
-    silence_router_loss,
-)
+from .layers_cdmoe import CondensedMLP, Omitted, Trimmed
+from .modeling_cdmoe import CondensedModelMixin, condensed_model_class, silence_router_loss
 from .offload import in_memory, offload_like
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek

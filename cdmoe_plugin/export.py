@@ -22,9 +22,11 @@ from .calibration import Calibration, TokenBatch, calibration_for
 from .condensed import condensed_layers
 from .config import CondenseConfig
 from .divergence import js_divergence
+from .layers_cdmoe import CondensedMLP
 from .layerwise import searching
-from .modeling_cdmoe import MODELING_FILE, CondensedMLP, CondensedModelMixin, replacing_files
+from .modeling_cdmoe import MODELING_FILE, CondensedModelMixin
 from .offload import is_offloaded
+from .saving_cdmoe import replacing_files
 from .sparse.weights import UnsupportedModelError, read_gated_mlp
 from .stock_card import write_stock_card
 from .stock_config import StockForm, stock_form

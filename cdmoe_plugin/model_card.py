@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from .card_sections import again_section, calibration_note, card_metadata, recovery_section, refit_section, sizes_table
-from .modeling_cdmoe import MODEL_CARD_MARK
 from .report import DONE, format_table, plan_table
+from .saving_cdmoe import MODEL_CARD_MARK
 
 _CARD = """---
 {data}

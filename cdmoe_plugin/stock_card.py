@@ -18,8 +18,8 @@ from .card_sections import (
     refit_section,
     sizes_table,
 )
-from .modeling_cdmoe import MODEL_CARD_MARK
 from .report import DONE, plan_table
+from .saving_cdmoe import MODEL_CARD_MARK
 
 if TYPE_CHECKING:
     from .export import StockExport

@@ -46,7 +46,7 @@ from typing import Any
 
 from cdmoe_plugin import CondenseConfig
 from cdmoe_plugin.config import condense_arguments, unused_with_plan
-from cdmoe_plugin.modeling_cdmoe import STAGING, replacing_files
+from cdmoe_plugin.saving_cdmoe import STAGING, replacing_files
 
 
 @dataclass
