@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import Calibration, load_calibration
+from .calibration import calibration_for, checkpoint_tokenizer, load_calibration
 from .condensed import apply_layers, become_condensed, note_refit, refuse_condensed, refuse_quantised
 from .config import CondenseConfig
 from .layerwise import searching
@@ -28,7 +28,7 @@ from .state import SearchState, fingerprint
 from .trimming import check_trimming, trim_blocks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,7 @@ def condense_pretrained(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Condenses sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
@@ -63,7 +63,7 @@ def condense_pretrained(
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which the search keeps its results as they come; one
             that was interrupted goes on from there. Not used with a plan.
-        accelerator (`Accelerator`, *optional*): As in `search_plan`.
+        accelerator (`Accelerator` or `PartialState`, *optional*): As in `search_plan`.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...). With an
             `offload_folder` and no `device_map`, decoder layers stay in the checkpoint's files, condensed ones go to
             that folder, and one layer at a time is in memory, also as the condensed model is saved.
@@ -89,7 +89,7 @@ def condense_pretrained(
         if model_kwargs:
             raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
         if config.refit is not None or (plan is None and config.needs_calibration):
-            calibration = _calibration_for(model, config, calibration, tokenizer)
+            calibration = calibration_for(model, calibration, config, tokenizer)
         plan = plan or search_plan(model, config, calibration=calibration, state_dir=state_dir, accelerator=accelerator)
         return apply_plan(model, plan, config, calibration=calibration)
     if not isinstance(model, (str, os.PathLike)):
@@ -108,7 +108,11 @@ def condense_pretrained(
     data = None
     if config.refit is not None or (plan is None and config.needs_calibration):
         data = load_calibration(
-            calibration, config, tokenizer, sketch.config, lambda: _own_tokenizer(model, **hub_kwargs(model_kwargs))
+            calibration,
+            config,
+            tokenizer,
+            sketch.config,
+            lambda: checkpoint_tokenizer(model, **hub_kwargs(model_kwargs)),
         )
     loaded = load_sparse(model, sketch, model_kwargs)
     plan = plan or search_plan(loaded, config, calibration=data, state_dir=state_dir, accelerator=accelerator)
@@ -122,7 +126,7 @@ def search_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     state_dir: str | os.PathLike | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
 ) -> CondensePlan:
     """Chooses experts, gates and layers on calibration data; the model stays as it is.
 
@@ -133,9 +137,9 @@ def search_plan(
         tokenizer (*optional*): For texts; by default that of the checkpoint the model was loaded from.
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
             interrupted goes on from there.
-        accelerator (`Accelerator`, *optional*): Splits the calibration batches over the processes of `accelerate
-            launch`, all of which must call this function with the same arguments. Every one of them returns the plan
-            that a single process would find; the main process keeps the state.
+        accelerator (`Accelerator` or `PartialState`, *optional*): Splits the calibration batches over the processes of
+            `accelerate launch`, all of which must call this function with the same arguments. Every one of them returns
+            the plan that a single process would find; the main process keeps the state.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
@@ -151,7 +155,7 @@ def search_plan(
     if not config.needs_calibration:
         rows = [CondensedLayer(layer, [], []) for layer in config.layers or []]
         return CondensePlan(rows, model_shape(model, blocks), config.to_dict(), form=config.form)
-    calibration = _calibration_for(model, config, calibration, tokenizer)
+    calibration = calibration_for(model, calibration, config, tokenizer)
     if config.refit is not None:
         check_calibration(calibration)  # before the search, of which only the last step would need more
     candidates = [b for b in blocks if config.layers is None or b.layer in config.layers]
@@ -229,7 +233,7 @@ def apply_plan(
     if config is not None and config.refit is not None:
         if plan.form != "condense":
             raise ValueError(f"`refit` is {config.refit!r}, but the plan's layers are trimmed: nothing is left to fit.")
-        data = _calibration_for(model, config, calibration, tokenizer)
+        data = calibration_for(model, calibration, config, tokenizer)
         mlps, fits = refit_layers(model, blocks, plan.layers, config, data)
     if plan.form == "trim_block":
         trim_blocks(model, blocks, plan)
@@ -240,18 +244,6 @@ def apply_plan(
     if mlps is not None and config is not None:
         note_refit(model, config, fits)
     return model
-
-
-def _calibration_for(
-    model: PreTrainedModel, config: CondenseConfig, calibration: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Calibration:
-    """Calibration data for a loaded model, whose checkpoint's tokenizer is used where none is given."""
-    if not isinstance(calibration, Calibration):
-        path = model.name_or_path
-        own = (lambda: _own_tokenizer(path)) if path else None
-        calibration = load_calibration(calibration, config, tokenizer, model.config, own)
-    _check_vocabulary(model, calibration)
-    return calibration
 
 
 def _set_dtype(sketch: nn.Module, dtype: Any) -> None:
@@ -278,32 +270,6 @@ def _open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
             "checkpoint, with `device_map` and `offload_folder` if it is larger than memory."
         )
     return blocks
-
-
-def _own_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; where it has none, transformers may make up an empty one from the model type."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        if len(tokenizer) > len(tokenizer.all_special_ids):
-            return tokenizer
-        reason = "the checkpoint has none"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise ValueError(
-        f"The calibration data is text, but no tokenizer can be opened from {str(path)!r}: pass `tokenizer=` as well, "
-        f"or token ids ({reason})."
-    )
-
-
-def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    size = embeddings.weight.shape[0]
-    highest = max(int(batch.input_ids.max()) for batch in calibration.batches)
-    if highest >= size:
-        raise ValueError(
-            f"The calibration data ({calibration.source}) has the token id {highest}, but the model knows {size} "
-            "tokens: it was tokenised for another model."
-        )
 
 
 def _warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:

@@ -111,6 +111,15 @@ class LayerBudget:
         return sum(sorted(each)[-self.num_layers :])
 
 
+def experts_per_layer(config: CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]) -> dict[int, int]:
+    """How many experts each of these layers keeps by a config, before any search: a budget counts as spent in full."""
+    budget = LayerBudget.of(config, blocks)
+    if budget is not None:
+        return budget.even(layers)
+    assert isinstance(config.num_experts, int)
+    return dict.fromkeys(layers, config.num_experts)
+
+
 def _cost(block: SparseBlock, unit: Unit) -> int:
     if unit == "experts":
         return 1

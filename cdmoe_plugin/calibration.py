@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from .config import CondenseConfig, is_int
 from .sources import C4_FILES, C4_NAME, TEXTS, is_local, open_file, open_hub
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
@@ -111,6 +112,61 @@ def load_calibration(
         num_tokens=sum(map(len, sequences)),
         fingerprint=hashlib.sha256(repr(sequences).encode()).hexdigest(),
     )
+
+
+def calibration_for(
+    model: PreTrainedModel, source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Calibration:
+    """Calibration data for a loaded model, whose checkpoint's tokenizer is used where none is given.
+
+    Args:
+        model (`PreTrainedModel`): The model that the token ids are for.
+        source: As in `load_calibration`; a `Calibration` is checked and returned.
+        config (`CondenseConfig`), tokenizer (*optional*): As in `load_calibration`.
+
+    Raises:
+        ValueError: as `load_calibration`, and if there is a token id that the model has no embedding for.
+    """
+    if not isinstance(source, Calibration):
+        path = model.name_or_path
+        own = (lambda: checkpoint_tokenizer(path)) if path else None
+        source = load_calibration(source, config, tokenizer, model.config, own)
+    _check_vocabulary(model, source)
+    return source
+
+
+def checkpoint_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; where it has none, transformers may make up an empty one from the model type.
+
+    Args:
+        path (`str` or `os.PathLike`): Hub name or folder.
+        **kwargs: Passed to `AutoTokenizer.from_pretrained` (`revision`, ...).
+
+    Raises:
+        ValueError: if there is none that knows any text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+        reason = "the checkpoint has none"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"The calibration data is text, but no tokenizer can be opened from {str(path)!r}: pass `tokenizer=` as well, "
+        f"or token ids ({reason})."
+    )
+
+
+def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    highest = max(int(batch.input_ids.max()) for batch in calibration.batches)
+    if highest >= size:
+        raise ValueError(
+            f"The calibration data ({calibration.source}) has the token id {highest}, but the model knows {size} "
+            "tokens: it was tokenised for another model."
+        )
 
 
 def _open(source: Any) -> tuple[str, Iterable[Any]]:

@@ -12,14 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import modeling_cdmoe
-from .modeling_cdmoe import (
-    CondensedMLP,
-    CondensedModelMixin,
-    Omitted,
-    Trimmed,
-    condensed_model_class,
-    silence_router_loss,
-)
+from .layers_cdmoe import CondensedMLP, Omitted, Trimmed
+from .modeling_cdmoe import CondensedModelMixin, condensed_model_class, silence_router_loss
 from .offload import in_memory, offload_like
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
@@ -49,10 +43,10 @@ def _state_of_offloaded(model: PreTrainedModel) -> dict[str, torch.Tensor] | Non
     return state_on_disk(model)
 
 
-def _base_metadata(name_or_path: str) -> dict[str, Any]:
-    from .model_card import base_metadata
+def _about_base(name_or_path: str) -> dict[str, Any]:
+    from .card_sections import base_metadata, base_name
 
-    return base_metadata(name_or_path)
+    return {"base_model": base_name(name_or_path), "base_card": base_metadata(name_or_path)}
 
 
 # With the package installed, a condensed model gives its plan as an object and saves a model card.
@@ -203,7 +197,6 @@ def become_condensed(
 
     The config object stays the same one: every module of the model refers to it.
     """
-    base_model = model.name_or_path or ""
     if model.config.model_type == DEEPSEEK:  # the auto classes know it only once they were asked
         register_deepseek()
     condensed_class = condensed_model_class(type(model))
@@ -218,9 +211,7 @@ def become_condensed(
         "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
         "all_condensed": all_condensed,
         "parameters": {"before": parameters_before, "after": model.num_parameters()},
-        # A folder's whole path is nobody's business but its owner's.
-        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
-        "base_card": _base_metadata(base_model),
+        **_about_base(model.name_or_path or ""),
         "plan": plan.to_dict(),
     }
     if all_condensed:

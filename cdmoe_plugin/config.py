@@ -251,15 +251,17 @@ def condense_arguments(prefix: str = "") -> type:
     return make_dataclass("CondenseConfigArguments", rows, namespace={"__post_init__": read_numbers})
 
 
-def unused_with_plan(given: Mapping[str, Any]) -> list[str]:
+def unused_with_plan(given: Mapping[str, Any], reads: bool = False) -> list[str]:
     """Which of the fields that a user gave do nothing where a plan takes the place of a search.
 
     A refit still needs calibration data, and with it whatever says how that is read.
 
     Args:
         given (`Mapping[str, Any]`): Fields of `CondenseConfig` that were set.
+        reads (`bool`, defaults to `False`): Whether something else than a refit needs calibration data.
     """
-    refit = ("refit", "refit_target", "refit_steps")
-    calibration = ("num_samples", "max_length", "batch_size", "seed", "cache_memory")
-    used = {"num_layers", "num_experts", "form", *((*refit, *calibration) if given.get("refit") else ())}
+    reading = ("num_samples", "max_length", "batch_size", "seed")
+    used = {"num_layers", "num_experts", "form", *(reading if reads else ())}
+    if given.get("refit"):
+        used |= {"refit", "refit_target", "refit_steps", "cache_memory", *reading}
     return sorted(set(given) - used)

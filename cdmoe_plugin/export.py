@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .calibration import Calibration, TokenBatch
+from .calibration import Calibration, TokenBatch, calibration_for
 from .condensed import condensed_layers
 from .config import CondenseConfig
 from .divergence import js_divergence
+from .layers_cdmoe import CondensedMLP
 from .layerwise import searching
-from .modeling_cdmoe import MODELING_FILE, CondensedMLP, CondensedModelMixin, replacing_files
+from .modeling_cdmoe import MODELING_FILE, CondensedModelMixin
 from .offload import is_offloaded
+from .saving_cdmoe import replacing_files
 from .sparse.weights import UnsupportedModelError, read_gated_mlp
+from .stock_card import write_stock_card
 from .stock_config import StockForm, stock_form
 
 logger = logging.get_logger(__name__)
@@ -67,6 +70,7 @@ def export_stock(
     folder: str | os.PathLike,
     approximate: bool = False,
     *,
+    config: CondenseConfig | None = None,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
@@ -76,7 +80,8 @@ def export_stock(
     transformers opens it without this package, and so does whatever else goes by the same fields of the config. All
     dense layers of an architecture share one width there; narrower ones, trimmed ones too, are padded with neurons
     whose weights are zeros, which changes nothing but the order of rounding. A model whose blocks were trimmed is of
-    its own architecture anyway, and is written as it is.
+    its own architecture anyway, and is written as it is. A model card tells where the checkpoint comes from, with the
+    base model's license.
 
     Args:
         model (`PreTrainedModel`): A condensed or trimmed model in memory, on one device; it is not changed.
@@ -85,8 +90,9 @@ def export_stock(
         approximate (`bool`, defaults to `False`): Whether the per-token gate of a shared expert (Qwen1.5-MoE), which a
             dense layer does not have, may be replaced by its mean over the calibration tokens. What this costs is
             measured, logged and returned.
-        calibration (*optional*), tokenizer (*optional*): As in `search_plan`, with the default number and length of
-            samples; used for such gates only.
+        config (`CondenseConfig`, *optional*): Number and length of the samples, batch size and seed.
+        calibration (*optional*), tokenizer (*optional*): As in `search_plan`. These and `config` are used for such
+            gates only.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): As in `save_pretrained`.
 
     Returns:
@@ -100,23 +106,19 @@ def export_stock(
     """
     _check_request(model, folder)
     if not isinstance(model, CondensedModelMixin):
-        with replacing_files(folder, _WEIGHT_FILES) as staging:
-            model.save_pretrained(staging, max_shard_size=max_shard_size)
         count = model.num_parameters()
-        return StockExport(model.config.model_type, parameters=count, parameters_before=count)
+        written = StockExport(model.config.model_type, parameters=count, parameters_before=count)
+        _write(model, model, written, folder, max_shard_size)
+        return written
     form = stock_form(model)
     mlps = condensed_layers(model).items()
     gated = {layer: mlp.shared_expert_gate for layer, mlp in mlps if mlp.shared_expert_gate is not None}
-    if gated and not approximate:
-        raise UnsupportedModelError(
-            f"The decoder layers {sorted(gated)} scale their shared expert by a gate per token, which dense layers of "
-            f"model type {form.config.model_type!r} do not have. `approximate=True` replaces it by its mean over "
-            "calibration tokens, and measures what that costs; the condensed checkpoint keeps it."
-        )
+    if not approximate:
+        refuse_gates(sorted(gated), form.config.model_type)
     gates: dict[int, float] = {}
     divergence = None
     with searching(model):
-        data = _calibration(model, calibration, tokenizer) if gated else None
+        data = calibration_for(model, calibration, config or CondenseConfig(), tokenizer) if gated else None
         if data is not None:
             gates = _mean_gates(model, gated, data)
         stock = _stock_model(model, form, gates)
@@ -125,13 +127,12 @@ def export_stock(
         if data is not None:
             divergence = _divergence(model, stock, data)
             logger.warning(
-                f"The per-token gates of the shared experts of {len(gates)} layers are constants in {folder}: the mean "
-                f"JS divergence to the condensed model is {divergence:.3e} over {data.num_tokens} calibration tokens."
+                f"The per-token gates of the shared experts of {len(gates)} layers are constants in the export: the "
+                f"mean JS divergence to the condensed model is {divergence:.3e} over {data.num_tokens} calibration "
+                "tokens."
             )
     _warn_of_other_readers(form)
-    with replacing_files(folder, _WEIGHT_FILES) as staging:
-        stock.save_pretrained(staging, max_shard_size=max_shard_size)
-    return StockExport(
+    written = StockExport(
         form.config.model_type,
         form.fields,
         form.width,
@@ -140,6 +141,38 @@ def export_stock(
         gates,
         divergence,
     )
+    _write(model, stock, written, folder, max_shard_size)
+    return written
+
+
+def refuse_gates(layers: Sequence[int], model_type: str) -> None:
+    """Raises where shared experts of condensed layers have a gate per token, for an export that is to be exact.
+
+    Args:
+        layers (`Sequence[int]`): The decoder layers that have one.
+        model_type (`str`): The base architecture.
+
+    Raises:
+        UnsupportedModelError: naming the layers and what to do.
+    """
+    if layers:
+        raise UnsupportedModelError(
+            f"The decoder layers {list(layers)} scale their shared expert by a gate per token, which dense layers of "
+            f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate`) replaces it by its "
+            "mean over calibration tokens, and measures what that costs; the condensed checkpoint keeps it."
+        )
+
+
+def _write(
+    model: PreTrainedModel,
+    stock: PreTrainedModel,
+    written: StockExport,
+    folder: str | os.PathLike,
+    max_shard_size: int | str,
+) -> None:
+    with replacing_files(folder, _WEIGHT_FILES) as staging:
+        stock.save_pretrained(staging, max_shard_size=max_shard_size)
+        write_stock_card(model, written, staging)
 
 
 def _check_request(model: PreTrainedModel, folder: str | os.PathLike) -> None:
@@ -171,12 +204,6 @@ def _warn_of_other_readers(form: StockForm) -> None:
             f"`first_k_dense_replace` ({form.config.first_k_dense_replace}) can't. Whatever reads only the latter will "
             "misread this checkpoint."
         )
-
-
-def _calibration(model: PreTrainedModel, source: Any, tokenizer: PreTrainedTokenizerBase | None) -> Calibration:
-    from .api import _calibration_for
-
-    return _calibration_for(model, CondenseConfig(), source, tokenizer)
 
 
 def _mean_gates(model: PreTrainedModel, gated: Mapping[int, nn.Linear], data: Calibration) -> dict[int, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from .saving_cdmoe import to_disk
 
 
 def write_json(path: str | os.PathLike, values: Any) -> None:
@@ -36,7 +37,7 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
         raise OSError(error.errno, f"{error.strerror}: could not be written, and is as it was", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    to_disk(path.parent)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -72,17 +73,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:  # it is somebody else's
         return True
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are where a loss of power does not reach them."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can't wait for a folder
-            raise
-    finally:
-        os.close(handle)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from .offload import offloading_hooks, release_freed_memory, weight_of
+from .offload import offloading_hooks, release_freed_memory, weight_of, weights_source
 from .sparse import has_stacked_weights, shrink_experts
 from .unread import Unread, layer_of, numbered_experts, some_experts, without_experts
 
@@ -51,7 +51,8 @@ class CheckpointLayers(Mapping[str, Tensor]):
             layer = layer_of(key)
             if layer is not None:
                 self.tensors.setdefault(layer, {})[key] = tensor
-        self.names = [name for name, _ in sketch.named_parameters() if name.startswith(self.prefix)]
+        names = (name for name, _ in sketch.named_parameters())
+        self.names = dict.fromkeys(name for name in names if name.startswith(self.prefix))
         self._layer: int | None = None
         self._weights: dict[str, Tensor] = {}
 
@@ -65,7 +66,7 @@ class CheckpointLayers(Mapping[str, Tensor]):
         return self._weights[name]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self.names
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -183,8 +184,7 @@ def state_on_disk(model: PreTrainedModel) -> dict[str, Tensor] | None:
 def _layers_of(model: PreTrainedModel) -> CheckpointLayers | None:
     for module in model.modules():
         for hook in offloading_hooks(module):
-            weights: Any = hook.weights_map
-            found = getattr(getattr(weights, "dataset", weights), "state_dict", None)
+            found = getattr(weights_source(hook), "state_dict", None)
             if isinstance(found, CheckpointLayers):
                 return found
     return None
@@ -194,5 +194,4 @@ def bring_from(model: PreTrainedModel, layers: CheckpointLayers) -> None:
     """Has accelerate's hooks take the weights of decoder layers from where they are."""
     for module in model.modules():
         for hook in offloading_hooks(module):
-            weights: Any = hook.weights_map
-            getattr(weights, "dataset", weights).state_dict = layers
+            weights_source(hook).state_dict = layers

@@ -1,10 +1,10 @@
-"""Condensed Mixture-of-Experts models for transformers, in one self-contained file.
+"""Condensed Mixture-of-Experts models for transformers.
 
 A *condensed* layer is a sparse block whose router is gone and whose kept experts, with constant gates, are
 folded with the shared expert into one dense gated MLP (CD-MoE, arXiv 2412.00069). This file knows how to build
-and open such models, and nothing of how experts and layers are chosen. It imports torch and transformers only,
-because it has two lives: as a module of the package `cdmoe_plugin`, and as a copy beside saved weights that
-`trust_remote_code=True` opens where the package is not installed.
+and open such models, and nothing of how experts and layers are chosen. It and the two that it imports have two
+lives: as modules of the package `cdmoe_plugin`, and as copies beside saved weights, which `trust_remote_code=True`
+opens where the package is not installed. So they import torch, transformers and each other only.
 
 For every model class `X` of transformers there is a class `CDMoEX` here, a subclass made on first use, and for
 its config class one with `model_type` "cdmoe_<base>". `config.condense_config` says which layers are condensed
@@ -13,25 +13,17 @@ and how wide they are; weights keep the names of the base architecture.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
-import secrets
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from inspect import signature
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -39,10 +31,8 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from .layers_cdmoe import install_condensed_layers
+from .saving_cdmoe import is_someones_card, replacing_files
 
 logger = logging.get_logger(__name__)
 
@@ -50,207 +40,9 @@ PREFIX = "CDMoE"
 MODEL_TYPE_PREFIX = "cdmoe_"
 PLAN_FILE = "condense_plan.json"
 MODELING_FILE = "modeling_cdmoe.py"
-MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
-# Where a folder is written before it gets its place, see `replacing_files`; the group is the name that it will have.
-STAGING = re.compile(r"\.(.+)\.saving-\d+")
-NO_NAME = re.compile(r"(?!)")  # matches nothing
-# Of the card that transformers makes for models that have none.
-_GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+IMPORTED_FILES = ("layers_cdmoe.py", "saving_cdmoe.py")
 # Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
-
-
-def _clamped(act: Any, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    return act(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-
-
-def _clamped_after(act: Any, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    return act(gate).clamp(max=limit) * up.clamp(-limit, limit)
-
-
-def _gpt_oss(_act: Any, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    gate = gate.clamp(max=limit)
-    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(alpha * gate))
-
-
-def _softcapped(
-    _act: Any, gate: torch.Tensor, up: torch.Tensor, gate_softcap: float, up_softcap: float
-) -> torch.Tensor:
-    g, u = gate.float(), up.float()
-    inner = gate_softcap * torch.tanh(g / gate_softcap) * torch.sigmoid(g) * up_softcap * torch.tanh(u / up_softcap)
-    return inner.to(gate.dtype)
-
-
-# What gated MLPs do between their projections, of the activation, gate and up, with constants that config.json tells.
-GATED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "plain": lambda act, gate, up: act(gate) * up,
-    "ungated": lambda act, _gate, up: act(up),
-    "clamped": _clamped,
-    "clamped_after": _clamped_after,
-    "gpt_oss": _gpt_oss,
-    "softcapped": _softcapped,
-}
-
-
-class EmptyLinear(nn.Linear):
-    """A projection from or to nothing, of an MLP that kept no expert and has no shared one.
-
-    bitsandbytes divides by its width. transformers quantises `nn.Linear`s, and none of its subclasses.
-    """
-
-
-class CondensedMLP(nn.Module):
-    """One dense gated MLP: the shared expert and the kept routed experts of a condensed layer.
-
-    Computes `down(act(gate(x)) * up(x))`. Where the base architecture scales its shared expert per token by
-    `sigmoid(w·x)` (Qwen1.5-MoE), that factor is applied to the first `shared_intermediate_size` activations, which
-    is the same function because the down projection is linear. In place of `act(gate(x)) * up(x)`, neurons may have
-    another gated activation, those of the shared expert another than the rest.
-
-    Args:
-        hidden_size (`int`): Width H of input and output.
-        intermediate_size (`int`): Number of neurons, `shared_intermediate_size + K * expert width`; may be 0.
-        hidden_act (`str`): Name of the activation in transformers' `ACT2FN`.
-        shared_intermediate_size (`int`): How many of the neurons, from the first, are the shared expert's.
-        shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
-        bias (`bool`): Whether the three projections have biases.
-        gated_activation (`Mapping`, *optional*): A "form" of `GATED_ACTIVATIONS` and its constants; "plain" by default.
-            With "ungated", there is no gate projection.
-        shared_gated_activation (`Mapping`, *optional*): That of the shared expert's neurons, where it is another one.
-        returns_tuple (`bool`): Whether the base architecture's layers expect router scores beside the output; these are
-            None then.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        hidden_act: str,
-        shared_intermediate_size: int = 0,
-        shared_expert_gate: bool = False,
-        bias: bool = False,
-        gated_activation: Mapping[str, Any] | None = None,
-        shared_gated_activation: Mapping[str, Any] | None = None,
-        returns_tuple: bool = False,
-    ) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.shared_intermediate_size = shared_intermediate_size
-        linear = nn.Linear if intermediate_size > 0 else EmptyLinear
-        self.gated_activation = _known_activation(gated_activation)
-        self.shared_gated_activation = _known_activation(shared_gated_activation or gated_activation)
-        gated = self.gated_activation["form"] != "ungated"
-        self.gate_proj = linear(hidden_size, intermediate_size, bias=bias) if gated else None
-        self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
-        self.act_fn = ACT2FN[hidden_act]
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`."""
-        up = self.up_proj(hidden_states)
-        inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
-        if self.shared_expert_gate is not None:
-            shared, routed = inner.tensor_split([self.shared_intermediate_size], dim=-1)
-            shared = shared * torch.sigmoid(self.shared_expert_gate(hidden_states))
-            inner = torch.cat([shared, routed], dim=-1)
-        output = self.down_proj(inner)
-        return (output, None) if self.returns_tuple else output
-
-    def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        if self.shared_gated_activation == self.gated_activation:
-            return _apply_activation(self.act_fn, gate, up, **self.gated_activation)
-        kinds = (self.shared_gated_activation, self.gated_activation)
-        gates, ups = (part.tensor_split([self.shared_intermediate_size], dim=-1) for part in (gate, up))
-        parts = zip(gates, ups, kinds, strict=True)
-        return torch.cat([_apply_activation(self.act_fn, g, u, **kind) for g, u, kind in parts], dim=-1)
-
-
-def _apply_activation(act: Any, gate: torch.Tensor, up: torch.Tensor, form: str, **constants: float) -> torch.Tensor:
-    return GATED_ACTIVATIONS[form](act, gate, up, **constants)
-
-
-def _known_activation(spec: Mapping[str, Any] | None) -> dict[str, Any]:
-    form = (spec or {}).get("form", "plain")
-    if form not in GATED_ACTIVATIONS:
-        raise ValueError(f"unknown form {form!r} of a gated activation; known are {', '.join(GATED_ACTIVATIONS)}")
-    constants = {name: float(value) for name, value in (spec or {}).items() if name != "form"}
-    signature(GATED_ACTIVATIONS[form]).bind(None, None, None, **constants)
-    return {"form": form, **constants}
-
-
-class Omitted(nn.Module):
-    """Stands where a layer adds the output of a second MLP that has been folded into the condensed one."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.new_zeros(())
-
-
-class Trimmed(nn.Module):
-    """Stands where a layer's MLP has been dropped whole: only the residual passes."""
-
-    def __init__(self, returns_tuple: bool = False) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        output = torch.zeros_like(hidden_states)
-        return (output, None) if self.returns_tuple else output
-
-
-def install_condensed_layers(model: PreTrainedModel) -> None:
-    """Puts an empty `CondensedMLP` (or `Trimmed`) in place of every block that `model.config.condense_config` lists.
-
-    Raises:
-        ValueError: if the config names modules that the model does not have, or describes them wrongly.
-    """
-    condense_config = getattr(model.config, "condense_config", None)
-    layers = condense_config.get("condensed_layers") if isinstance(condense_config, Mapping) else None
-    if not layers or not isinstance(layers, Mapping):
-        raise ValueError(
-            f"The config of {type(model).__name__} has no `condense_config.condensed_layers`: the checkpoint is not "
-            "condensed, or its config.json was edited."
-        )
-    for layer, spec in layers.items():
-        try:
-            parent_name, _, name = spec["module"].rpartition(".")
-            parent = model.base_model.get_submodule(parent_name)
-            children = {child for child, _ in parent.named_children()}
-            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"]]):
-                raise ValueError("it names modules that the layer does not have")
-            replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(
-                f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
-                f"layer {layer}: {spec!r} ({error!r}). The file was edited or comes from another version."
-            ) from error
-        replacement.train(parent.training)
-        setattr(parent, name, replacement)
-        for other in spec["omitted"]:
-            setattr(parent, other, Omitted())
-
-
-def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
-    form = spec.get("form", "condense")
-    if form == "trim_layer":
-        return Trimmed(spec.get("returns_tuple", False))
-    if form != "condense":
-        raise ValueError(f"unknown form {form!r}")
-    if not 0 <= spec["shared_intermediate_size"] <= spec["intermediate_size"]:
-        raise ValueError("the shared expert is wider than the layer")
-    return CondensedMLP(
-        hidden_size=hidden_size,
-        intermediate_size=spec["intermediate_size"],
-        hidden_act=spec["hidden_act"],
-        shared_intermediate_size=spec["shared_intermediate_size"],
-        shared_expert_gate=spec["shared_expert_gate"],
-        bias=spec["bias"],
-        gated_activation=spec.get("gated_activation"),
-        shared_gated_activation=spec.get("shared_gated_activation"),
-        returns_tuple=spec.get("returns_tuple", False),
-    )
 
 
 def silence_router_loss(model: PreTrainedModel) -> None:
@@ -376,7 +168,7 @@ class CondensedModelMixin(_Model):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, and adds the plan, the modeling file and a model card.
+        """As `PreTrainedModel.save_pretrained`, and adds the plan, the modeling files and a model card.
 
         Whatever happens meanwhile, `save_directory` holds the old checkpoint or the new one, see `replacing_files`.
         """
@@ -399,7 +191,8 @@ class CondensedModelMixin(_Model):
             rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json"
         )
         with replacing_files(save_directory, stale) as folder:
-            (folder / MODELING_FILE).write_text(modeling_file(type(self)), encoding="utf-8")
+            for name, text in modeling_files(type(self)).items():
+                (folder / name).write_text(text, encoding="utf-8")
             plan = (self.config.condense_config or {}).get("plan")
             if plan is not None:
                 text = json.dumps(plan, indent=2, sort_keys=True)
@@ -416,7 +209,7 @@ class CondensedModelMixin(_Model):
         A card of the hub's repository that somebody wrote stays.
         """
         if not getattr(self, "_hf_peft_config_loaded", False):
-            if not _is_someones_card(Path(working_dir, "README.md")):
+            if not is_someones_card(Path(working_dir, "README.md")):
                 write_model_card(self, Path(working_dir))
             files_timestamps = {}  # the folder is a temporary one and holds this checkpoint alone
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
@@ -434,177 +227,6 @@ def write_model_card(model: PreTrainedModel, folder: Path) -> None:
 def state_of_offloaded(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """Hook for the package, which knows where the weights of its offloaded models are."""
     return None
-
-
-# --- saving: the old folder or the new one ---------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing_files(target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target`, in one step, when the block ends without an error.
-
-    Until then `target` stays as it was. Its other files are in the new folder too (by hard links), except those whose
-    names match `stale`: shards of an older save must not stay. A process that is killed leaves the old content or the
-    new one, and at worst a folder ".<name>.saving-<digits>" beside it or in it, which the next save removes.
-
-    Some folders can't be replaced: mount points, the working directory and those above it, those whose parent folder
-    the user may not write to; outside Linux, and on a few file systems, any that is not empty. There, files are moved
-    one by one, the old config.json out first and the new one in last: what a killed process leaves does not open.
-
-    Raises:
-        ValueError: if `target` is a file, or holds a folder by the name of a file that was written.
-    """
-    if not os.fspath(target):
-        raise ValueError("`save_directory` is empty: name a folder.")
-    target = Path(target).resolve()
-    if target.is_file():
-        raise ValueError(f"`save_directory` should be a folder, but {target} is a file.")
-    if STAGING.fullmatch(target.name):  # a part of something larger that is being saved
-        yield target
-        return
-    staging, lock = _new_staging(target)
-    try:
-        yield staging
-        if _is_someones_card(target / "README.md"):
-            (staging / "README.md").unlink(missing_ok=True)
-        written = [path.relative_to(staging) for path in staging.rglob("*") if not path.is_dir()]
-        for name in written:
-            if (target / name).is_dir():
-                raise ValueError(f"`save_directory` holds a folder {name}, but a file of this name is to be saved.")
-            _to_disk(staging / name)
-        try:
-            _swap(staging, target, stale)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _move_files(staging, target, written, stale)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _new_staging(target: Path) -> tuple[Path, int | None]:
-    """An empty folder beside `target`, or in it where nothing can be moved between the two places; and its lock."""
-    for leftover in (path for place in (target.parent, target) for path in place.glob(".*.saving-*")):
-        match = STAGING.fullmatch(leftover.name)
-        lock = _lock(leftover, wait=False) if match and match[1] == target.name else None
-        if lock is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(lock)
-    while True:
-        is_new = not target.exists()
-        staging = (target.parent if is_new else target) / f".{target.name}.saving-{secrets.randbits(32)}"
-        staging.mkdir(parents=True)
-        if not is_new:
-            with suppress(OSError):
-                _imitate(target, staging)
-                staging = staging.rename(target.parent / staging.name)
-        lock = _lock(staging, wait=True)
-        if staging.exists():  # else another process took it for a leftover before it was locked
-            return staging, lock
-
-
-def _lock(folder: Path, wait: bool) -> int | None:
-    """A handle that marks a folder as in use until it is closed or its process ends; None where that can't be had."""
-    handle = None
-    try:
-        handle = os.open(folder, os.O_RDONLY)  # an error on Windows
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return handle
-    except OSError:
-        if handle is not None:
-            os.close(handle)
-        return None
-
-
-def _imitate(folder: Path, copy: Path) -> None:
-    """Gives a folder the owner, the mode and the attributes of another."""
-    if hasattr(os, "chown"):
-        os.chown(copy, folder.stat().st_uid, folder.stat().st_gid)
-    shutil.copystat(folder, copy)
-
-
-def _swap(new: Path, target: Path, stale: re.Pattern[str]) -> None:
-    """Puts `new` in the place of `target` in one step; what was there is then in the place of `new`.
-
-    Raises:
-        OSError: if that can't be done. `target` is then as it was.
-    """
-    if Path.cwd().is_relative_to(target):
-        raise OSError("the working directory can't be replaced")
-    _to_disk(new)
-    try:
-        new.rename(target)  # where nothing is there, or an empty folder
-    except OSError:
-        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-        if renameat2 is None:
-            raise
-        _take_over(target, new, stale)
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
-            raise OSError("folders can't be exchanged here") from None
-    with suppress(OSError):
-        _to_disk(target.parent)
-        _take_over(new, target, stale)  # what others have written since
-
-
-def _take_over(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
-    """Links into `new` what it lacks of `old`, so that nothing is missing in the one, nor gone from the other."""
-    for path in old.iterdir():
-        other = new / path.name
-        if path.is_dir() and not path.is_symlink():
-            if path.is_mount():
-                raise OSError("a mount point can't be moved")
-            if not other.exists():
-                other.mkdir()
-                _imitate(path, other)
-            _take_over(path, other)
-        elif not stale.fullmatch(path.name) and not os.path.lexists(other):
-            os.link(path, other, follow_symlinks=False)
-    _to_disk(new)
-
-
-def _move_files(new: Path, target: Path, written: list[Path], stale: re.Pattern[str]) -> None:
-    """Moves files one by one, those that are replaced out first; an error takes all of it back."""
-    opening = (Path("config.json"), Path("adapter_config.json"))  # by these, transformers knows a checkpoint
-    target.mkdir(parents=True, exist_ok=True)
-    going = {Path(path.name) for path in target.iterdir() if stale.fullmatch(path.name) and not path.is_dir()}
-    going |= {name for name in written if os.path.lexists(target / name)}
-    moves = [(target / name, new / ".before" / name) for name in sorted(going, key=lambda name: name not in opening)]
-    moves += [(new / name, target / name) for name in sorted(written, key=lambda name: name in opening)]
-    try:
-        for source, place in moves:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(place)
-            _to_disk(target)
-    except BaseException:
-        for source, place in reversed(moves):
-            if os.path.lexists(place) and not os.path.lexists(source):
-                place.replace(source)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file or folder is where a loss of power does not reach it."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can't wait for a folder
-            raise
-    finally:
-        os.close(handle)
-
-
-def _is_someones_card(path: Path) -> bool:
-    """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
-    if not path.is_file():
-        return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return MODEL_CARD_MARK not in text and _GENERIC_CARD not in text
 
 
 # --- classes, made on first use --------------------------------------------------------------------------------------
@@ -736,14 +358,16 @@ def auto_map(model_class: Any, before: Mapping[str, str] | None = None) -> dict[
     return {name: entry for name, entry in kept.items() if entry.startswith(f"{module}.{PREFIX}")} | entries
 
 
-def modeling_file(model_class: Any) -> str:
-    """Text of the self-contained modeling file for a condensed model class.
+def modeling_files(model_class: Any) -> dict[str, str]:
+    """Texts of the files that open a condensed model class without this package, by name.
 
-    An architecture that transformers lacks brings its own (equally self-contained) file, put before this one.
+    An architecture that transformers lacks brings its own, self-contained file, put before this one.
     """
-    text = Path(__file__).read_text(encoding="utf-8")
+    here = Path(__file__)
+    texts = {name: here.with_name(name).read_text(encoding="utf-8") for name in IMPORTED_FILES}
+    text = here.read_text(encoding="utf-8")
     base = model_class._base_class
-    if base.__module__.startswith("transformers.") or base.__module__ == __name__:
-        return text
-    base_text = Path(str(sys.modules[base.__module__].__file__)).read_text(encoding="utf-8")
-    return base_text + "\n\n" + text.replace("from __future__ import annotations\n", "", 1)
+    if not base.__module__.startswith("transformers.") and base.__module__ != __name__:
+        base_text = Path(str(sys.modules[base.__module__].__file__)).read_text(encoding="utf-8")
+        text = base_text + "\n\n" + text.replace("from __future__ import annotations\n", "", 1)
+    return {MODELING_FILE: text, **texts}

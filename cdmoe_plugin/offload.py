@@ -54,6 +54,12 @@ def offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
 
 
+def weights_source(hook: AlignDevicesHook) -> Any:
+    """Where a hook takes a module's weights from; what the hook itself has may add a prefix to their names."""
+    weights: Any = hook.weights_map
+    return getattr(weights, "dataset", weights)
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether weights of a module, or of any in it, come when they are needed."""
     return any(offloading_hooks(part) for part in module.modules())
@@ -121,6 +127,5 @@ def release_freed_memory() -> None:
 
 def _folder(hook: AlignDevicesHook) -> Path | None:
     """Where the weights of a hook lie on disk; None if they are in the CPU's memory."""
-    weights: Any = hook.weights_map
-    weights = getattr(weights, "dataset", weights)
+    weights = weights_source(hook)
     return Path(weights.save_folder) if getattr(weights, "save_folder", None) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -21,14 +21,15 @@ class Processes:
     same result to the last bit.
 
     Args:
-        accelerator (`Accelerator`, *optional*): Of `accelerate launch`; every process must take part in the search.
+        accelerator (`Accelerator` or `PartialState`, *optional*): Of `accelerate launch`; every process must take part
+            in the search.
         num_batches (`int`): Calibration batches of all processes together.
 
     Raises:
         ValueError: if there are fewer batches than processes.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None, num_batches: int = 1) -> None:
+    def __init__(self, accelerator: Accelerator | PartialState | None = None, num_batches: int = 1) -> None:
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
         self.count = 1 if self.accelerator is None else self.accelerator.num_processes
         self.index = 0 if self.accelerator is None else self.accelerator.process_index
@@ -57,10 +58,12 @@ class Processes:
         device = parts[0].device if self.accelerator is None else self.accelerator.device
         stacked = torch.stack([part.detach().to(device, torch.float64) for part in parts])
         if self.accelerator is not None:
+            from accelerate.utils import gather
+
             places = -(-self.num_batches // self.count)
             padded = stacked.new_zeros(places, *stacked.shape[1:])
             padded[: len(stacked)] = stacked
-            gathered: Any = self.accelerator.gather(padded)
+            gathered: Any = gather(padded)
             in_order = gathered.unflatten(0, (self.count, places)).transpose(0, 1).flatten(0, 1)
             stacked = in_order[: self.num_batches].contiguous()
         return stacked.sum(0)

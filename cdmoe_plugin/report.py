@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .budget import LayerBudget
+from .budget import experts_per_layer
 from .condensed import apply_layers
 from .config import CondenseConfig
 from .loading import sketch_model
 from .plan import CondensedLayer, CondensePlan
-from .sparse import SparseBlock, check_config, model_shape
+from .sparse import check_config, model_shape
 from .trimming import check_trimming, parameters_without
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def dry_run(
         check_config(request, blocks)
         check_trimming(sketch, blocks, request.form, request.layers, request.num_layers)
         layers = request.layers or [block.layer for block in blocks[: request.num_layers]]
-        experts = _numbers(request, layers, blocks)
+        experts = experts_per_layer(request, layers, blocks)
     before = sketch.num_parameters()
     if request.form == "trim_block":
         after = parameters_without(sketch, blocks, list(experts))
@@ -105,14 +105,6 @@ def dry_run(
         for name, count in (("sparse", before), (f"{len(experts)} layers {DONE[request.form]}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)
-
-
-def _numbers(config: CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]) -> dict[int, int]:
-    budget = LayerBudget.of(config, blocks)
-    if budget is not None:
-        return budget.even(layers)
-    assert isinstance(config.num_experts, int)
-    return dict.fromkeys(layers, config.num_experts)
 
 
 def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:

@@ -13,8 +13,8 @@ from .budget import LayerBudget
 from .calibration import Calibration
 from .condensed import fold, standing_in
 from .config import CondenseConfig
+from .layers_cdmoe import Trimmed
 from .layerwise import LayerStream, State
-from .modeling_cdmoe import Trimmed
 from .plan import CondensedLayer
 from .playback import LayerRecorder
 from .processes import Processes

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .dense_markers import MARKERS, Marker
-from .modeling_cdmoe import CondensedMLP, Trimmed
+from .layers_cdmoe import CondensedMLP, Trimmed
 from .sparse.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
 
 # Fields that may hold the width of dense MLPs.

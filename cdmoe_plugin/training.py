@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .condensed import condensed_layers
-from .modeling_cdmoe import CondensedMLP
+from .layers_cdmoe import CondensedMLP
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig

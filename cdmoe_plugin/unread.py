@@ -93,9 +93,8 @@ def unread_tensors(
                 key_start, key_end = match.span("expert")
                 tensors[f"{key[:key_start]}{place}{key[key_end:]}"] = Unread(file, key, shape, dtype)
                 continue
-            match = _IN_LAYER.search(key)
-            layer = int(match["layer"]) if match else -1
-            if layer in kept and _is_stack(key, shape, counts[layer]):
+            layer = layer_of(key)
+            if layer is not None and layer in kept and _is_stack(key, shape, counts[layer]):
                 rows = shape[0] // counts[layer]
                 shape = [rows * len(kept[layer]), *shape[1:]]
                 tensors[key] = Unread(file, key, shape, dtype, [range(e * rows, (e + 1) * rows) for e in kept[layer]])

@@ -24,6 +24,10 @@ python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --outp
 accelerate launch --num_processes 8 recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml \
     --output_dir deepseek-moe-cd9
 
+As a checkpoint of the base architecture, too, which opens without this package (see `export_stock`):
+
+python recipes/condense.py --model_name_or_path Qwen/Qwen3-30B-A3B --output_dir qwen3-cd9 --export_stock qwen3-cd9-stock
+
 The paper's baselines drop layers instead, chosen by similarity or in a plan's own order:
 
 python recipes/condense.py --config recipes/configs/deepseek-moe-16b.yaml --form trim_block \
@@ -42,7 +46,7 @@ from typing import Any
 
 from cdmoe_plugin import CondenseConfig
 from cdmoe_plugin.config import condense_arguments, unused_with_plan
-from cdmoe_plugin.modeling_cdmoe import STAGING, replacing_files
+from cdmoe_plugin.saving_cdmoe import STAGING, replacing_files
 
 
 @dataclass
@@ -61,6 +65,20 @@ class CondenseArguments:
     calibration: str | None = field(
         default=None,
         metadata={"help": "Hub dataset or local .txt, .json, .jsonl or .parquet file to search on; C4 if unset."},
+    )
+    export_stock: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for a second checkpoint, one of the base architecture, which opens without this package; "
+            "new or empty. Where that can't be had, it is said before the search."
+        },
+    )
+    export_approximate: bool = field(
+        default=False,
+        metadata={
+            "help": "With --export_stock: replace shared experts' gates per token, which dense layers do not have, by "
+            "their means over the calibration tokens."
+        },
     )
     state_dir: str | None = field(
         default=None,
@@ -105,14 +123,24 @@ def make_parser() -> Any:
     )
 
 
-def check_output(output_dir: str | None) -> Path:
-    """The folder to write to, which must be new or empty."""
-    if output_dir is None:
-        raise ValueError("`--output_dir` is needed: a new or empty folder for the condensed checkpoint.")
-    path = Path(output_dir)
+def check_output(folder: str | None, option: str = "output_dir") -> Path:
+    """A folder to write to, which must be new or empty."""
+    if folder is None:
+        raise ValueError(f"`--{option}` is needed: a new or empty folder for the condensed checkpoint.")
+    path = Path(folder)
     # A run that was killed while it saved may have left an unfinished folder, which the next save removes.
     if path.exists() and (not path.is_dir() or any(not STAGING.fullmatch(inner.name) for inner in path.iterdir())):
-        raise ValueError(f"`--output_dir` {output_dir} is not an empty folder; choose another, or empty it.")
+        raise ValueError(f"`--{option}` {folder} is not an empty folder; choose another, or empty it.")
+    return path
+
+
+def check_export_folder(args: CondenseArguments) -> Path | None:
+    """The folder for the stock checkpoint, if it was asked for."""
+    if args.export_stock is None:
+        return None
+    path, other = check_output(args.export_stock, "export_stock"), Path(args.output_dir or "")
+    if path.resolve().is_relative_to(other.resolve()) or other.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"`--export_stock` {path} and `--output_dir` {other} should not lie in each other.")
     return path
 
 
@@ -122,23 +150,28 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     from cdmoe_plugin import CondensePlan, condense_pretrained
+    from cdmoe_plugin.export_check import check_export
     from cdmoe_plugin.report import dry_run, plan_table
 
+    if args.export_approximate and args.export_stock is None:
+        raise ValueError("`--export_approximate` does nothing without `--export_stock`.")
     # A plan brings its own budget, which may be cut; a search takes the defaults for what is not given.
     plan = CondensePlan.load(args.plan) if args.plan else None
     if plan is not None:
         form = given.get("form", plan.form)
-        unused = unused_with_plan(given)
-        if unused or (args.calibration and not given.get("refit")):
+        unused = unused_with_plan(given, reads=args.export_approximate)
+        if unused or (args.calibration and not given.get("refit") and not args.export_approximate):
             raise ValueError(f"With `--plan` there is no search: {unused or ['calibration']} would do nothing.")
         plan = plan.truncate(given.get("num_layers"), given.get("num_experts"))
         plan = plan if form == plan.form else plan.as_trimming(form)
     config = CondenseConfig(**given)
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code or None}
+    if args.export_stock is not None:
+        check_export(args.model_name_or_path, plan or config, args.export_approximate, **hub)
     if args.dry_run:
         print(dry_run(args.model_name_or_path, plan or config, dtype=args.dtype, **hub))
         return
-    output_dir = check_output(args.output_dir)
+    output_dir, export_dir = check_output(args.output_dir), check_export_folder(args)
     accelerator = Accelerator()
     if plan is not None and accelerator.num_processes > 1:
         raise ValueError("With `--plan` there is no search to share: run one process, without `accelerate launch`.")
@@ -163,6 +196,41 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
             AutoTokenizer.from_pretrained(args.model_name_or_path, **hub).save_pretrained(folder)
     print(plan_table(model.condense_plan))
     print(f"Saved to {output_dir}: {model.num_parameters():,} parameters.")
+    if export_dir is not None:
+        export(model, output_dir, export_dir, config, args)
+
+
+def export(model: Any, saved: Path, export_dir: Path, config: CondenseConfig, args: CondenseArguments) -> None:
+    """Writes the stock checkpoint, with the tokenizer that was saved beside the condensed one."""
+    from transformers import AutoTokenizer
+
+    from cdmoe_plugin import export_stock
+
+    with replacing_files(export_dir) as folder:
+        written = export_stock(
+            in_one_place(model, saved),
+            folder,
+            args.export_approximate,
+            config=config,
+            calibration=args.calibration,
+            max_shard_size=args.max_shard_size or "5GB",
+        )
+        if has_tokenizer(str(saved)):
+            AutoTokenizer.from_pretrained(saved).save_pretrained(folder)
+    print(f"Exported to {export_dir} as {written.model_type}: {written.parameters:,} parameters.")
+
+
+def in_one_place(model: Any, saved: Path) -> Any:
+    """The model; where its weights are on several devices or on disk, its checkpoint, opened again on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    from cdmoe_plugin.modeling_cdmoe import CondensedModelMixin
+    from cdmoe_plugin.offload import is_offloaded
+
+    is_one = len({parameter.device for parameter in model.parameters()}) == 1 and not is_offloaded(model)
+    if is_one or not isinstance(model, CondensedModelMixin):
+        return model
+    return AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
 
 
 def placement(args: CondenseArguments, accelerator: Any) -> dict[str, Any]:

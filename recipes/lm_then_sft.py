@@ -83,7 +83,7 @@ def make_parser() -> Any:
     parser.set_defaults(dtype="auto")
     # Every process would drop other values, and the result depend on how many there are.
     parser.set_defaults(lora_dropout=0.0)
-    # Where a base model is condensed first, the other processes wait for the one that searches.
+    # Where a base model is condensed first, by one process alone, the others wait for it.
     parser.set_defaults(ddp_timeout=4 * 3600)
     return parser
 
@@ -173,21 +173,31 @@ def start_checkpoint(
         # An adapter that is kept refers to it, from wherever it is opened.
         return str(Path(path).absolute()) if Path(path).exists() else path
 
+    # A model that is split while it is trained may be too large for the device of each process.
+    state = training_args.distributed_state
+    config = CondenseConfig(**condense)
+    together = plan is None and sharding(training_args) is None
+    together = together and 1 < state.num_processes <= -(-config.num_samples // config.batch_size)
+    alone: Any = "cpu" if training_args.use_cpu else "auto"
+
     def make() -> Any:
+        if together:
+            state.print(f"{state.num_processes} processes share the search.")
         model = condense_pretrained(
             path,
-            CondenseConfig(**condense) if plan is None or condense.get("refit") else None,
+            config if plan is None or condense.get("refit") else None,
             plan=plan,
             calibration=args.calibration,
             state_dir=Path(training_args.output_dir) / "search",
+            accelerator=state if together else None,
             dtype=model_args.dtype,
-            device_map="cpu" if training_args.use_cpu else "auto",
+            device_map={"": state.device} if together else alone,
             **hub,
             **(training_args.model_init_kwargs or {}),
         )
         return model, AutoTokenizer.from_pretrained(path, **hub)
 
-    return str(condense_once(Path(training_args.output_dir), make))
+    return str(condense_once(Path(training_args.output_dir), make, together))
 
 
 def stage_arguments(stage: str, args: RecoveryArguments, training_args: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cdmoe_plugin import apply_plan, unfreeze_condensed
 from cdmoe_plugin.sparse import find_sparse_blocks
-from tests.conftest import some_plan, sparse_model, state
+from tests.conftest import build, keys_on_disk, some_plan, sparse_model, state
 from tests.tiny_models import tiny_model
 
 TYPES = ["qwen2_moe", "deepseek", "mixtral", "qwen3_next"]  # the last mixes linear and full attention
@@ -23,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # compilers tell
 
 def condensed(model_type: str, some: bool = False, **overrides: Any) -> PreTrainedModel:
     """A tiny model of which all sparse layers, or the first one only, are condensed."""
-    model = tiny_model(model_type, **overrides) if overrides else sparse_model(model_type)
+    if model_type == "deepseek":
+        model = build("deepseek", **{"num_experts": 8, **overrides})
+    else:
+        model = tiny_model(model_type, **overrides) if overrides else sparse_model(model_type)
     layers = [block.layer for block in find_sparse_blocks(model)]
     return apply_plan(model, some_plan(layers[:1] if some else layers))
 
@@ -113,20 +116,31 @@ def test_gradient_checkpointing(model_type: str, some: bool) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
-def test_tied_and_resized_embeddings(model_type: str, tmp_path: Path) -> None:
-    model = condensed(model_type, tie_word_embeddings=True)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "mixtral"])
+def test_tied_and_resized_embeddings(model_type: str, some: bool, tied: bool, tmp_path: Path) -> None:
+    model = condensed(model_type, some, tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     before = logits(model)
-    model.resize_token_embeddings(150)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.vocab_size == len(model.lm_head.weight) == 150
-    model.save_pretrained(tmp_path)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert opened.lm_head.weight is opened.model.embed_tokens.weight
-    after = logits(opened)
-    assert after.shape[-1] == 150
-    torch.testing.assert_close(after[..., : before.shape[-1]], before)
+    for size in (150, 110):  # more tokens than before, and fewer
+        model.resize_token_embeddings(size)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert model.config.vocab_size == len(model.lm_head.weight) == len(model.model.embed_tokens.weight) == size
+        model.save_pretrained(tmp_path / str(size))
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / str(size))
+        assert (opened.lm_head.weight is opened.model.embed_tokens.weight) == tied
+        assert ("lm_head.weight" in keys_on_disk(tmp_path / str(size))) != tied
+        after = logits(opened)
+        assert after.shape[-1] == size
+        torch.testing.assert_close(after[..., :110], before[..., :110])
+        loss = opened(input_ids=IDS, labels=IDS, use_cache=False, **_with_routers(opened, some)).loss
+        torch.testing.assert_close(loss, model(input_ids=IDS, labels=IDS, **_with_routers(model, some)).loss)
+
+
+def _with_routers(model: PreTrainedModel, some: bool) -> dict[str, bool]:
+    """Asks for the load-balancing loss where there are routers and the architecture has one."""
+    return {"output_router_logits": True} if some and hasattr(model.config, "output_router_logits") else {}
 
 
 @pytest.mark.parametrize("some", [True, False])

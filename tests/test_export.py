@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, export_stock
+from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, condense_pretrained, export_stock
 from cdmoe_plugin.condensed import condensed_layers
 from cdmoe_plugin.export import StockExport
 from cdmoe_plugin.sparse import UnsupportedModelError
@@ -170,14 +171,24 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
 # --- trimmed ---
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "glm4_moe_lite"])
+# One for each way of a config to name dense layers, and one with a gate per token.
+TRIMMED = {"qwen3_moe": [1], "glm4_moe_lite": [2], "deepseek_v3": [1], "lfm2_moe": [2, 1], "deepseek": [1, 3]}
+TRIMMED |= {"ernie4_5_moe": [3, 1], "jamba": [1, 3], "granitemoehybrid": [0, 1, 2, 3], "qwen2_moe": [2]}
+
+
+@pytest.mark.parametrize("model_type", TRIMMED)
 def test_trimmed_mlps(model_type: str, tmp_path: Path) -> None:
     """Layers without an MLP are dense ones of width 0; a gate per token is gone with the layer."""
-    model = apply_plan(sparse_model(model_type), trim_plan("trim_layer", [1]))
+    model = apply_plan(sparse_model(model_type), trim_plan("trim_layer", TRIMMED[model_type]))
     report = export_stock(model, tmp_path)
     stock = opened(model, tmp_path)
-    assert report.dense_width == 40
-    assert not stock.model.layers[1].mlp.down_proj.weight.any()
+    assert report.parameters == stock.num_parameters() > report.parameters_before == model.num_parameters()
+    for layer in TRIMMED[model_type]:
+        weights = dict(stock.model.layers[layer].named_parameters()).items()
+        dense = [weight for name, weight in weights if re.match("(shared_)?mlp|feed_forward", name)]
+        assert all(report.dense_width in weight.shape or 2 * report.dense_width in weight.shape for weight in dense)
+        assert len(dense) >= 2
+        assert not any(weight.any() for weight in dense)
     assert same(output(stock), output(model))
 
 
@@ -187,11 +198,27 @@ def test_only_trimmed_mlps(tmp_path: Path) -> None:
     assert same(output(opened(model, tmp_path)), output(model))
 
 
-def test_trimmed_blocks(tmp_path: Path) -> None:
-    model = apply_plan(sparse_model("mixtral"), trim_plan("trim_block", [1, 2]))
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3", "laguna", "qwen3_next", "deepseek"])
+def test_trimmed_blocks(model_type: str, tmp_path: Path) -> None:
+    """What is left is of the base architecture, whatever its config can say of dense layers."""
+    model = apply_plan(sparse_model(model_type), trim_plan("trim_block", [2, 1]))
+    before, expected = state_of(model), output(model)
     report = export_stock(model, tmp_path)
-    assert report == StockExport("mixtral", parameters=model.num_parameters(), parameters_before=model.num_parameters())
+    assert differing(before[0], state_of(model)[0]) == []
+    count = model.num_parameters()
+    assert report == StockExport(model.config.model_type, parameters=count, parameters_before=count)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(stock) is type(model)
-    assert len(stock.model.layers) == 2
-    assert torch.equal(output(stock), output(model))
+    assert len(stock.model.layers) == stock.config.num_hidden_layers == 2
+    assert same(output(stock), expected)
+    assert "2 decoder layers are gone" in (tmp_path / "README.md").read_text()
+
+
+def test_trimmed_blocks_on_disk(tmp_path: Path) -> None:
+    sparse_model("mixtral").save_pretrained(tmp_path / "sparse")
+    plan = trim_plan("trim_block", [1])
+    model = condense_pretrained(tmp_path / "sparse", plan=plan, offload_folder=tmp_path / "offload")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    export_stock(model, tmp_path / "stock")
+    expected = apply_plan(sparse_model("mixtral"), plan)
+    assert same(output(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")), output(expected))

@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from cdmoe_plugin import export_stock
+from cdmoe_plugin import apply_plan, export_stock
 from cdmoe_plugin.condensed import condensed_layers
 from cdmoe_plugin.divergence import js_divergence
 from cdmoe_plugin.sparse import UnsupportedModelError
 
-from .conftest import IDS, differing, state_of
+from .conftest import IDS, differing, sparse_model, state_of
 from .exporting import GATED, NEVER, condensed, opened, output, same
 from .tiny_models import ARCHITECTURES, available, random_ids
+from .trimming import trim_plan
 
 # --- refused ---
 
@@ -56,6 +57,17 @@ def test_refusals_name_the_reason(model_type: str, layers: list[int], message: s
     with pytest.raises(UnsupportedModelError, match=message):
         export_stock(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "message"),
+    [("mixtral", [1], "has no field that says"), ("deepseek_v3", [3], r"would be \[0, 3\] of 4")],
+)
+def test_trimmed_mlps_that_no_config_can_say(model_type: str, layers: list[int], message: str, tmp_path: Path) -> None:
+    model = apply_plan(sparse_model(model_type), trim_plan("trim_layer", layers))
+    with pytest.raises(UnsupportedModelError, match=message):
+        export_stock(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

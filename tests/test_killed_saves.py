@@ -14,8 +14,8 @@ import pytest
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import apply_plan, modeling_cdmoe
-from cdmoe_plugin.modeling_cdmoe import replacing_files
+from cdmoe_plugin import apply_plan, saving_cdmoe
+from cdmoe_plugin.saving_cdmoe import replacing_files
 from tests.conftest import differing, some_plan, state
 from tests.killing import KILLED, dying_before, end, run, run_and_kill, start
 from tests.tiny_models import tiny_model
@@ -235,8 +235,8 @@ def test_what_others_write_meanwhile_is_kept(saves: Saves, monkeypatch: pytest.M
         if not (saves.folder / "late").exists():
             (saves.folder / "late").write_text("3")  # at the last moment before the exchange
 
-    taking = modeling_cdmoe._take_over
-    monkeypatch.setattr(modeling_cdmoe, "_take_over", take_over)
+    taking = saving_cdmoe._take_over
+    monkeypatch.setattr(saving_cdmoe, "_take_over", take_over)
     saves.save("small")
     assert (saves.folder / "late").read_text() == "3"
 
@@ -260,9 +260,9 @@ def test_a_checkpoint_as_part_of_a_larger_whole(saves: Saves, tmp_path: Path) ->
             assert not (tmp_path / "whole").exists()
 
     for moment in count():
-        if run(dying_before(moment, save_both)) == 0:
+        # Killed after the folder got its place, it left the whole, too.
+        if run(dying_before(moment, save_both)) == 0 or (tmp_path / "whole").exists():
             break
-        assert not (tmp_path / "whole").exists()
     assert moment > 3
     assert found(tmp_path / "whole") == {**saves.contents["small"], "vocab/tokenizer.json": b"{}"}
     assert {path.name for path in tmp_path.iterdir()} == {"place", "whole"}

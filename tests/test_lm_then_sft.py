@@ -138,31 +138,41 @@ def test_resumed_from_a_checkpoint_by_name(whole: Path, place: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--distillation", "logits", "--teacher_name_or_path", "{sparse}")])
+@pytest.mark.parametrize("searched", [False, True])
 def test_two_processes_give_what_one_gives(
-    more: tuple[str, ...], whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType
+    searched: bool, whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType
 ) -> None:
-    more = tuple(each.format(sparse=place / "sparse") for each in more)
-    one = whole
-    if more:
-        one = tmp_path / "one"
-        run(lm_then_sft, arguments(place, one, "--stages", "lm", *more))
-        more = ("--stages", "lm", *more)
+    """A condensed checkpoint through both stages; or a base model, whose search they share, with itself as teacher."""
+    one, more, stages = whole, [], ["lm", "sft"]
+    if searched:
+        one, stages = tmp_path / "one", ["lm"]
+        more = ["--stages", "lm", "--distillation", "logits", "--calibration", place / "lm.jsonl"]
+        more += ["--condense_num_layers", 2, "--condense_num_experts", 2, "--condense_batch_size", 4]
+    model = "sparse" if searched else "condensed"
+    if searched:
+        run(lm_then_sft, arguments(place, one, *more, model=model))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    args = arguments(place, tmp_path / "two", *more, "--log_level", "info", batch=2)
+    args = arguments(place, tmp_path / "two", *more, "--log_level", "info", model=model, batch=2)
     result = subprocess.run(
         [*launch, RECIPE, *args], env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 processes" in result.stdout
     assert result.stdout.count("Saved to") == 1
+    assert ("2 processes share the search." in result.stdout) == searched
+    if searched:  # to the last bit: sums are over the same batches in the same order
+        plans, starts = (
+            [f(each / "condensed") for each in (one, tmp_path / "two")] for f in (CondensePlan.load, weights)
+        )
+        assert plans[0] == plans[1]
+        assert differing(*starts) == []
     a, b = weights(one), weights(tmp_path / "two")
     frozen = set(a) - set(trained_names(one))
     assert all(torch.equal(a[name], b[name]) for name in frozen)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5)
-    for stage in ("lm", "sft")[: 1 if more else 2]:
+    for stage in stages:
         summaries = [json.loads((folder / stage / "summary.json").read_text()) for folder in (one, tmp_path / "two")]
         assert summaries[0].pop("stage") == summaries[1].pop("stage") == stage
         assert summaries[0] == pytest.approx(summaries[1], rel=1e-5)

@@ -21,6 +21,8 @@ from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids()
 NAMES = {"qwen2_moe": "Qwen2Moe", "granitemoeshared": "GraniteMoeShared", "gpt_oss": "GptOss", "deepseek": "Deepseek"}
+CODE = ("modeling_cdmoe.py", "layers_cdmoe.py", "saving_cdmoe.py")
+COMMIT = 40 * "a"
 MISSING = object()
 
 # Programs for a Python of their own; argv[1] is the folder with the checkpoints, the last line printed is the answer.
@@ -78,6 +80,8 @@ for name in ("qwen2_moe", "granitemoeshared", "gpt_oss", "deepseek"):
     model.save_pretrained(root / "again" / name)
     again = AutoModelForCausalLM.from_pretrained(root / "again" / name, trust_remote_code=True)
     found[name] = describe(model, name), describe(again, name), model.condense_plan
+    model = AutoModelForCausalLM.from_pretrained(f"me/{name}", trust_remote_code=True)  # as the hub's cache has it
+    found[f"{name} of the hub"] = describe(model, name)
 for name in ("qwen2_moe", "deepseek"):
     head = AutoModelForSequenceClassification.from_pretrained(root / name, trust_remote_code=True, num_labels=3)
     found[f"{name} head"] = describe(head)
@@ -163,6 +167,11 @@ def test_with_the_package(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_as_remote_code(root: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        repository = tmp_path / "hub" / f"models--me--{name}"
+        shutil.copytree(root / name, repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
     found = run(WITHOUT_PACKAGE + OPEN + AS_REMOTE_CODE, root, tmp_path)
     for name, prefix in NAMES.items():
         first, again, plan = found[name]
@@ -170,8 +179,11 @@ def test_as_remote_code(root: Path, tmp_path: Path) -> None:
             assert (module.partition(".")[0], class_name) == ("transformers_modules", f"CDMoE{prefix}ForCausalLM")
             assert same
         assert plan == json.loads((root / name / "condense_plan.json").read_text())
-        for file in ("model.safetensors", "config.json", "condense_plan.json", "modeling_cdmoe.py"):
+        for file in ("model.safetensors", "config.json", "condense_plan.json", *CODE):
             assert (root / "again" / name / file).read_bytes() == (root / name / file).read_bytes(), (name, file)
+        module, *rest = found[f"{name} of the hub"]
+        assert module == f"transformers_modules.me.{name}.{COMMIT}.modeling_cdmoe"
+        assert rest == [f"CDMoE{prefix}ForCausalLM", True]
     for name in ("qwen2_moe", "deepseek"):
         assert found[f"{name} head"][1:] == [f"CDMoE{NAMES[name]}ForSequenceClassification", [1, 3]]
 
@@ -186,14 +198,19 @@ def test_with_neither(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_modeling_file_stands_alone(name: str, root: Path) -> None:
-    nodes = list(ast.walk(ast.parse((root / name / "modeling_cdmoe.py").read_text())))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {"." * node.level + str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    roots = {name.partition(".")[0] for name in imported}
-    assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
-    own = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
-    assert ("DeepseekForCausalLM" in own) == (name == "deepseek")
+def test_the_code_stands_alone(name: str, root: Path) -> None:
+    """It imports torch, transformers, and what lies beside it."""
+    for file in CODE:
+        nodes = list(ast.walk(ast.parse((root / name / file).read_text())))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {"." * node.level + str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        beside = {module for module in imported if module.startswith(".")}
+        assert {f"{module[1:]}.py" for module in beside} == (set(CODE[1:]) if file == CODE[0] else set())
+        roots = {module.partition(".")[0] for module in imported - beside}
+        libraries = set() if file == "saving_cdmoe.py" else {"torch", "transformers"}
+        assert roots - set(sys.stdlib_module_names) == libraries
+        own = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+        assert ("DeepseekForCausalLM" in own) == (name == "deepseek" and file == CODE[0])
 
 
 # --- checkpoints that are not what they say ---

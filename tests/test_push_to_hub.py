@@ -20,8 +20,8 @@ from tests.conftest import some_plan
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
-FILES = {"README.md", "config.json", "condense_plan.json", "generation_config.json", "modeling_cdmoe.py"}
-FILES |= {"model.safetensors"}
+CODE = {"modeling_cdmoe.py", "layers_cdmoe.py", "saving_cdmoe.py"}
+FILES = {"README.md", "config.json", "condense_plan.json", "generation_config.json", "model.safetensors", *CODE}
 PROGRAM = """
 import sys
 import cdmoe_plugin
@@ -102,7 +102,7 @@ def test_push_to_hub(hub: str, tmp_path: Path) -> None:
     for repository in ("me/new", "me/saved", "me/written"):
         files = Hub.received[repository]
         assert files.keys() == FILES
-        for name in ("model.safetensors", "modeling_cdmoe.py", "condense_plan.json"):
+        for name in ("model.safetensors", "condense_plan.json", *CODE):
             assert files[name] == saved[name], (repository, name)
     assert Hub.received["me/new"]["README.md"] == Hub.received["me/saved"]["README.md"] == saved["README.md"]
     assert b"# I wrote this" in Hub.received["me/written"]["README.md"]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..modeling_cdmoe import STAGING, replacing_files
+from ..saving_cdmoe import STAGING, replacing_files
 from .stages import TRAINER_STATE_FILE, StageSummary, unfinished, write_json
 
 if TYPE_CHECKING:
@@ -143,19 +144,24 @@ def _is_whole(checkpoint: Path) -> bool:
     return any(checkpoint.glob("rng_state*.pth"))
 
 
-def condense_once(output_dir: Path, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> Path:
-    """The condensed checkpoint that a run on a base model begins with; one process makes it, once.
+def condense_once(
+    output_dir: Path, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]], together: bool = False
+) -> Path:
+    """The condensed checkpoint that a run on a base model begins with; it is made once, and one process writes it.
 
     Args:
         output_dir (`Path`): The run's folder.
         make (`Callable`): Gives the condensed model and its tokenizer.
+        together (`bool`, defaults to `False`): Whether all processes call `make`, or the main one alone.
     """
     folder = (output_dir / START_FOLDER).absolute()
     state = PartialState()
-    if state.is_main_process and not folder.exists():
+    is_there = broadcast_object_list([folder.exists()])[0]
+    if not is_there and (together or state.is_main_process):
         model, tokenizer = make()
-        with replacing_files(folder) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+        if state.is_main_process:
+            with replacing_files(folder) as part:
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
     state.wait_for_everyone()
     return folder

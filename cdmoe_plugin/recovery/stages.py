@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..condensed import condensed_layers
-from ..modeling_cdmoe import replacing_files
+from ..saving_cdmoe import replacing_files
 from .trainer import CondensedSFTTrainer
 from .weights import condensed_parameters, load_condensed_weights
 

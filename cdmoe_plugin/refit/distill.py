@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..modeling_cdmoe import CondensedMLP
+from ..layers_cdmoe import CondensedMLP
 from ..sparse import hidden_of
 from .down_proj import refit_down_proj
 from .examples import Example, LayerExamples, RefitLayer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling_cdmoe import CondensedMLP
+from ..layers_cdmoe import CondensedMLP
 from .examples import Example, LayerExamples, RefitLayer
 
 # Ridge strengths that are tried, as shares of the mean square of an inner activation.

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..calibration import Calibration
 from ..condensed import fold, standing_in
 from ..config import CondenseConfig
+from ..layers_cdmoe import CondensedMLP
 from ..layerwise import LayerStream, State, searching
-from ..modeling_cdmoe import CondensedMLP
 from ..offload import offload_like
 from ..plan import CondensedLayer
 from ..selection import lookup

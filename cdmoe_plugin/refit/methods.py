@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..modeling_cdmoe import CondensedMLP
+from ..layers_cdmoe import CondensedMLP
 from .distill import distill
 from .down_proj import refit_down_proj
 from .examples import LayerExamples, RefitLayer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..modeling_cdmoe import GATED_ACTIVATIONS
+from ..layers_cdmoe import GATED_ACTIVATIONS
 from .block import patched_forward
 from .weights import UnsupportedModelError, is_ungated, mlp_linears
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..modeling_cdmoe import GATED_ACTIVATIONS
+from ..layers_cdmoe import GATED_ACTIVATIONS
 from ..plan import SparseLayerShape
 from .weights import GatedWeights, read_experts, read_gated_mlp
 
