@@ -85,8 +85,9 @@ def export_stock(
         approximate (`bool`, defaults to `False`): Whether the per-token gate of a shared expert (Qwen1.5-MoE), which a
             dense layer does not have, may be replaced by its mean over the calibration tokens. What this costs is
             measured, logged and returned.
-        calibration (*optional*), tokenizer (*optional*): As in `search_plan`, with the default number and length of
-            samples; used for such gates only.
+        calibration (*optional*): As in `search_plan`, with the default number and length of samples; used for such
+            gates only.
+        tokenizer (*optional*): As in `search_plan`; used for such gates only.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): As in `save_pretrained`.
 
     Returns:
