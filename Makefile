@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check style clean
+.PHONY: quickstart test check style docs clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +20,9 @@ style: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.ready
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build
+
 # torch comes first and alone: another order or spelling may pull in a build for another kind of machine.
 $(VENV)/.ready: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +32,4 @@ $(VENV)/.ready: pyproject.toml requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .cache outputs build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache

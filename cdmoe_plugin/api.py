@@ -212,7 +212,8 @@ def apply_plan(
         plan (`CondensePlan` or path): What to condense.
         config (`CondenseConfig`, *optional*): Where its `refit` is set, the condensed layers are fitted to the sparse
             model on calibration data; all else that it says is in the plan already. Without it, they are not.
-        calibration (*optional*), tokenizer (*optional*): As in `search_plan`; used for `refit` only.
+        calibration (*optional*): As in `search_plan`; used for `refit` only.
+        tokenizer (*optional*): As in `search_plan`; used for `refit` only.
 
     Raises:
         UnsupportedModelError: if the model is dense, has sparse layers that can't be condensed, or would have decoder

@@ -90,9 +90,10 @@ def export_stock(
         approximate (`bool`, defaults to `False`): Whether the per-token gate of a shared expert (Qwen1.5-MoE), which a
             dense layer does not have, may be replaced by its mean over the calibration tokens. What this costs is
             measured, logged and returned.
-        config (`CondenseConfig`, *optional*): Number and length of the samples, batch size and seed.
-        calibration (*optional*), tokenizer (*optional*): As in `search_plan`. These and `config` are used for such
+        config (`CondenseConfig`, *optional*): Number and length of the samples, batch size and seed; used for such
             gates only.
+        calibration (*optional*): As in `search_plan`; used for such gates only.
+        tokenizer (*optional*): As in `search_plan`; used for such gates only.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): As in `save_pretrained`.
 
     Returns:

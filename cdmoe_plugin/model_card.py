@@ -99,7 +99,7 @@ def add_results(checkpoint: str | os.PathLike, results: str | os.PathLike | Mapp
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder of a condensed checkpoint with its generated README.md.
-        results (`str`, `os.PathLike` or mapping): A results_....json that `lm_eval --output_path` wrote, or what
+        results (`str`, `os.PathLike` or mapping): A `results_....json` that `lm_eval --output_path` wrote, or what
             `lm_eval.simple_evaluate` returned.
 
     Raises:

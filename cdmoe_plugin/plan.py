@@ -211,7 +211,7 @@ class CondensePlan:
         layer_order: str | os.PathLike | Sequence[int],
         first_sparse_layer: int = 1,
     ) -> CondensePlan:
-        """Reads the result files that the paper's authors publish; see `reference.plan_from_reference`."""
+        """Reads the result files that the paper's authors publish; see `cdmoe_plugin.reference.plan_from_reference`."""
         from .reference import plan_from_reference
 
         return plan_from_reference(expert_weights, expert_order, layer_order, first_sparse_layer)

@@ -24,7 +24,7 @@ def plan_from_reference(
     Args:
         expert_weights: `dynamic_weight.json`: "layer-expert" to [sum of gates, tokens, mean gate].
         expert_order: `layer_idx_to_expert_idx.greedy_jl.json`: layer to its experts in the order of selection.
-        layer_order: `layer_idx_order.e6.json` or `.e0.json`: layers in the order of selection.
+        layer_order: `layer_idx_order.e6.json` or `layer_idx_order.e0.json`: layers in the order of selection.
         first_sparse_layer (`int`, defaults to 1): Decoder layer index of their layer 0 (DeepSeekMoE-16B: 1).
 
     Returns:

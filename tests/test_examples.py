@@ -1,4 +1,4 @@
-"""The three ways into a training script that the README promises, each a program of its own."""
+"""The three ways into a training script that docs/recover.md promises, each a program of its own."""
 
 from __future__ import annotations
 

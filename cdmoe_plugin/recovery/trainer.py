@@ -34,7 +34,8 @@ class CondensedSFTTrainer(SFTTrainer):
     Args:
         model (`PreTrainedModel` or `PeftModel`): A condensed model. Of a quantised one, the condensed layers must not
             be quantised (see `quantised_around_condensed`), unless LoRA is put on them.
-        *args, **kwargs: As for `trl.SFTTrainer`.
+        *args: As for `trl.SFTTrainer`.
+        **kwargs: As for `trl.SFTTrainer`.
         peft_config (`PeftConfig`, *optional*): LoRA or the like; without `target_modules`, it goes on the condensed
             layers' projections.
         distillation (`Distillation`, *optional*): The sparse model as teacher.
