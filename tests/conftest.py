@@ -28,7 +28,6 @@ from cdmoe_plugin.sparse import find_sparse_blocks
 
 from .tiny_models import (
     ARCHITECTURES,
-    UNSEARCHED,
     _randomize,
     available,
     random_ids,
@@ -42,7 +41,7 @@ logging.disable_progress_bar()
 
 
 TYPES = [name for name in ARCHITECTURES if available(name)]
-SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds and name not in UNSEARCHED]
+SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
 # AutoModelForCausalLM does not know mistral4
 FROM_DISK = ["deepseek", *(name for name in TYPES if ARCHITECTURES[name].causal_lm and name != "mistral4")]
 FOLDS: list[tuple[str, dict[str, Any]]] = [

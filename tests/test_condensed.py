@@ -110,7 +110,8 @@ def test_save_and_open(model_type: str, tmp_path: Path) -> None:
     assert type(again) is type(model)
     assert type(again).__name__ == f"CDMoE{arch.model}"
     assert not differing(state(again), state(model))
-    assert torch.equal(output(again), output(model))
+    # In memory of its own: where a file is mapped, weights lie unaligned, and some kernels round by that.
+    assert torch.equal(output(copy.deepcopy(again)), output(model))
     assert again.condense_plan == CondensePlan.load(tmp_path) == plan
 
 

@@ -2,7 +2,7 @@
 
 `ARCHITECTURES` lists the model types whose sparse block is a weighted sum of GLU experts, with or
 without a shared expert; `REFUSED` lists sparse model types that compute something else.
-`UNSEARCHED` are among the former, but plans can only be applied. Ask `available` whether the
+Ask `available` whether the
 installed transformers has a type.
 """
 
@@ -261,9 +261,6 @@ REFUSED: dict[str, TinyArch] = {
     "zaya": _arch("ZayaForCausalLM", "refused", ALL, top_k=1, router_hidden_size=16),
 }
 
-# Several residual streams (or a residual that attends to all layers) go from layer to layer.
-UNSEARCHED = ("glm5_next_text", "hy_v4", "inkling2_text")
-
 
 def _entry(model_type: str) -> TinyArch:
     return ARCHITECTURES.get(model_type) or REFUSED[model_type]
@@ -321,6 +318,9 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _entry(model_type).model_class._from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():  # as from_pretrained does
+        if any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ()):
+            parameter.data = parameter.data.float()
     _randomize(model, seed)
     return model.eval()
 
