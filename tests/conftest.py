@@ -144,13 +144,15 @@ def output(model: PreTrainedModel) -> Tensor:
 
 
 def uniform_sparse(model_type: str) -> PreTrainedModel:
-    """A model whose routers give every expert the same constant weight, and choose all."""
+    """A model whose routers give every expert the same constant weight, and choose all (also by token ids)."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
     model = tiny_model(model_type, num_experts=count, top_k=count)
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
+            if name.endswith("tid2eid"):
+                tensor.copy_(torch.arange(count).expand_as(tensor))
     return model
 
 

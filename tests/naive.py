@@ -95,7 +95,7 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
     if kind in ("gpt_oss", "openai_privacy_filter", "minimax_m3_vl_text"):
         limit, alpha = config.swiglu_limit, config.swiglu_alpha
         return (gpt_oss_glu(limit, alpha),) * 2
-    if kind == "glm5_next_text":
+    if kind in ("glm5_next_text", "deepseek_v4"):
         return (clamped_swiglu(config.swiglu_limit),) * 2
     if kind == "hy_v4":
         return clamped_swiglu(config.swiglu_limit), swiglu
@@ -149,7 +149,13 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
 
 
 def naive_block(
-    x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, glu: Glu = swiglu, shared_glu: Glu = swiglu
+    x: Tensor,
+    block: nn.Module,
+    owner: nn.Module,
+    choice: Choice,
+    glu: Glu = swiglu,
+    shared_glu: Glu = swiglu,
+    **_of_router: Any,
 ) -> Tensor:
     """`shared + sum g_i E_i` for every token."""
     y = naive_shared(block, owner, x, shared_glu)

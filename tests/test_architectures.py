@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeModel, Qwen2MoeSparseMoeBlock
 
 from cdmoe_plugin import (
     CondenseConfig,
@@ -63,7 +63,7 @@ def test_block_with_its_own_routing(model_type: str) -> None:
             lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
         )
         with block.recording_routes() as routes:
-            output = hidden_of(block.module(x))
+            output = hidden_of(block.run(x))
         handle.remove()
         output = output.view(7, 32)
         if block.shared_name is not None and block.shared is not None:
@@ -115,6 +115,17 @@ def test_a_decoder_that_is_no_chain_of_layers_is_refused() -> None:
         search_plan(model, CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
 
 
+def test_a_block_that_asks_for_more_is_refused() -> None:
+    class Asking(Qwen2MoeSparseMoeBlock):
+        def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states + positions)
+
+    model = tiny_model("qwen2_moe")
+    model.model.layers[1].mlp.__class__ = Asking
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 .*needs more than hidden states .*'positions'"):
+        find_sparse_blocks(model)
+
+
 def test_experts_in_latent_space_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
         find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
@@ -123,7 +134,7 @@ def test_experts_in_latent_space_are_refused() -> None:
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])
 @pytest.mark.parametrize(
     "model_type",
-    ["gpt_oss", "nemotron_h", *(name for name in ("glm5_next_text", "hy_v4", "inkling2_text") if available(name))],
+    ["gpt_oss", "nemotron_h", *filter(available, ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text"))],
 )
 def test_refit(model_type: str, refit: str) -> None:
     """What is fitted is the MLP that stands in the layer: biases, bounds, router scores, several residual streams."""

@@ -134,7 +134,8 @@ def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads
     for row in plan.layers:
         new = {key for key in after - before if in_layer(key, row.layer)}
         place = min(new).rpartition(".down_proj.")[0]
-        gate = "linear_gate" if model_type == "hy_v4" else "gate_proj"  # on disk, all gates are called so there
+        # On disk, all gates are called so there.
+        gate = {"hy_v4": "linear_gate", "deepseek_v4": "wgate"}.get(model_type, "gate_proj")
         kinds = ("weight", "bias") if model_type == "gpt_oss" else ("weight",)
         names = ("up_proj", "down_proj") if model_type == "nemotron_h" else (gate, "up_proj", "down_proj")
         assert new == {f"{place}.{name}.{kind}" for name in names for kind in kinds}

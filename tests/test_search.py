@@ -88,7 +88,7 @@ def test_other_outputs_and_metrics(model_type: str, norm: bool, metric: str, com
 # Layers that scale or norm what their block gives, mix it into several streams, own the shared expert, or read from the
 # inputs of layers before.
 OTHER_LAYERS = ("afmoe", "beam", "dbrx", "flex_olmo", "granitemoeshared", "kolibri1", "minimax", "qwen4_exp_text")
-OTHER_LAYERS += ("glm5_next_text", "hy_v4", "inkling2_text")
+OTHER_LAYERS += ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text")
 
 
 @pytest.mark.parametrize("model_type", list(filter(available, OTHER_LAYERS)))
