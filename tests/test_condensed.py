@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -93,6 +94,8 @@ def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", SEARCHABLE)
 def test_search_in_bfloat16(model_type: str) -> None:
+    if model_type == "deepseek_v4" and transformers.__version__.startswith("5.17."):
+        pytest.skip("there, deepseek_v4 itself does not run in bfloat16")
     half = tiny_model(model_type, dtype=torch.bfloat16)
     config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
     found, expected = (search_plan(m, config, calibration=IDS).layers[0] for m in (half, copy.deepcopy(half).float()))
