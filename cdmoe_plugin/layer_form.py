@@ -41,7 +41,9 @@ class Gathered:
 
     def after(self, layer: int, stack: Tensor, hidden: Tensor) -> Tensor:
         """What comes behind a layer, of what came before it and its input."""
-        return torch.cat([stack, hidden.unsqueeze(-2)], dim=-2) if layer in self.layers else stack
+        if layer not in self.layers:
+            return stack
+        return torch.cat([stack.to(hidden.device), hidden.unsqueeze(-2)], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LayerForm:
         gathered (`Gathered`, *optional*): What all later layers are given of some layers' inputs.
         streams (`bool`): Whether hidden states are several residual streams, `[B, S, n, H]`.
         head (`list[HeadStep]`): What follows the last layer.
+        cast (`bool`): Whether the model casts what comes of it to the dtype of its layers.
     """
 
     output_class: type
@@ -77,6 +80,7 @@ class LayerForm:
     gathered: Gathered | None
     streams: bool
     head: list[HeadStep]
+    cast: bool
 
 
 def learn_form(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[LayerForm, Tensor]:
@@ -119,8 +123,9 @@ def learn_form(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[Laye
             continue
         hidden = _first(result)
     carried = _handed_on(outputs, calls) if num_results else {}
-    form = LayerForm(type(output), num_results, carried, gathered, inputs[0].ndim == 4, head)
-    return form, output.last_hidden_state
+    last = output.last_hidden_state
+    streams, cast = inputs[0].ndim == 4, hidden.dtype != last.dtype
+    return LayerForm(type(output), num_results, carried, gathered, streams, head, cast), last
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

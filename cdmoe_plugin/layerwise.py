@@ -157,7 +157,8 @@ class LayerStream:
             hidden = hidden.reshape(1, -1, *hidden.shape[-2:])
         for step in self.form.head if hidden.dtype == self.model.dtype else self._wide_head():
             hidden = step(hidden, state[-1])
-        hidden = hidden.to(state[0].dtype)
+        if self.form.cast:
+            hidden = hidden.to(state[0].dtype)
         return hidden.reshape(*leading, -1) if self.form.streams else hidden
 
     def _wide_head(self) -> list[HeadStep]:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
 from cdmoe_plugin.divergence import METRICS
+from cdmoe_plugin.playback import AffineTail, PlaybackTail, StreamsTail
 from cdmoe_plugin.selection import comparison
+from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
 
 from . import naive
 from .conftest import Record, build, state_of
@@ -105,6 +107,34 @@ def test_layers_that_do_more_with_their_block(model_type: str, record: Record) -
     layers = naive.naive_layer_search(model, SEQUENCES[:3], choices, 2, "js", "hidden")
     same_steps(record.layers[0].rounds, layers.steps, atol)
     assert [row.layer for row in plan.layers] == layers.order
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("qwen2_moe", AffineTail),
+        ("granitemoeshared", AffineTail),
+        ("afmoe", PlaybackTail),
+        ("qwen4_exp_text", StreamsTail),
+    ]
+    + [(name, StreamsTail) for name in ("deepseek_v4", "glm5_next_text", "hy_v4")]
+    + [("inkling2_text", PlaybackTail)],
+)
+def test_how_layers_use_what_their_block_gives(
+    model_type: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is no sum is run again for every candidate."""
+    if not available(model_type):
+        pytest.skip("not in this transformers")
+    kinds, greedy = set(), EXPERT_SELECTIONS["greedy"]
+
+    def spy(data: Any, num_experts: int) -> Any:
+        kinds.update(type(call.tail) for call in data.calls)
+        return greedy(data, num_experts)
+
+    monkeypatch.setitem(EXPERT_SELECTIONS, "greedy", spy)
+    search_plan(tiny_model(model_type), replace(SEARCH, num_layers=1, num_experts=0), calibration=SEQUENCES[:2])
+    assert kinds == {expected}
 
 
 def test_the_orders_are_no_matter_of_course() -> None:
