@@ -53,6 +53,8 @@ class CheckpointLayers(Mapping[str, Tensor]):
                 self.tensors.setdefault(layer, {})[key] = tensor
         names = (name for name, _ in sketch.named_parameters())
         self.names = dict.fromkeys(name for name in names if name.startswith(self.prefix))
+        # Weights of layers that lie among those of the whole model on disk (inkling2's queries): these are in memory.
+        self.elsewhere: dict[str, Tensor] = {}
         self._layer: int | None = None
         self._weights: dict[str, Tensor] = {}
 
@@ -83,7 +85,8 @@ class CheckpointLayers(Mapping[str, Tensor]):
             self.load(self.sketch, without_experts(tensors), None, self.load_config)
         weights = {name: parameter.detach() for name, parameter in module.named_parameters()} | whole
         module.to("meta")
-        return {f"{self.prefix}{layer}.{name}": weight for name, weight in weights.items()}
+        read = {f"{self.prefix}{layer}.{name}": weight for name, weight in weights.items()}
+        return read | {name: self.elsewhere[name] for name in read if name in self.elsewhere}
 
     def _read_experts(
         self, module: nn.Module, tensors: Mapping[str, Unread], numbers: Sequence[int]
@@ -145,11 +148,17 @@ def load_but_layers(
     # Hooks bring parameters, and no buffers. These may have other names on disk, but nothing that large is one.
     saved = sketch.state_dict()
     largest = max((buffer.numel() for name, buffer in sketch.named_buffers() if name in saved), default=0)
-    rest = {key: part for key, part in tensors.items() if layer_of(key) is None or math.prod(part.shape) <= largest}
-    load(model, rest, None, replace(load_config, device_map=_in_memory(load_config.device_map)))
+    of_layers = {key: part for key, part in tensors.items() if layer_of(key) is not None}
+    small = {key: part for key, part in of_layers.items() if math.prod(part.shape) <= largest}
+    to_memory = replace(load_config, device_map=_in_memory(load_config.device_map))
+    load(model, {key: part for key, part in tensors.items() if key not in of_layers}, None, to_memory)
+    layers = CheckpointLayers(sketch, layers_path, tensors, load, load_config)
+    found = [(name, p.detach()) for name, p in model.named_parameters() if name.startswith(layers.prefix)]
+    layers.elsewhere = {name: weight for name, weight in found if not weight.is_meta}
+    load(model, small, None, to_memory)
     # What saving has to undo is noted by what was converted.
     model._weight_conversions = sketch._weight_conversions
-    return info, CheckpointLayers(sketch, layers_path, tensors, load, load_config)
+    return info, layers
 
 
 def _in_memory(device_map: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def state_on_disk(model: PreTrainedModel) -> dict[str, Tensor] | None:
     own = {
         name: weight_of(model, name, tensor)
         for name, tensor in model.state_dict().items()
-        if not name.startswith(tuple(f"{layers.prefix}{layer}." for layer in kept))
+        if not name.startswith(tuple(f"{layers.prefix}{layer}." for layer in kept)) or name in layers.elsewhere
     }
     state = {key: tensor[...] for tensors in kept.values() for key, tensor in tensors.items()}
     return state | revert_weight_conversion(model, own)

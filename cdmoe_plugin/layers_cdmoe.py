@@ -103,8 +103,11 @@ class CondensedMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
         self.returns_tuple = returns_tuple
 
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`."""
+    def forward(self, hidden_states: torch.Tensor, **_of_router: Any) -> Any:
+        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`.
+
+        What decoder layers give only for a router to look at (the token ids, in deepseek_v4) is ignored.
+        """
         up = self.up_proj(hidden_states)
         inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
         if self.shared_expert_gate is not None:
@@ -150,7 +153,7 @@ class Trimmed(nn.Module):
         super().__init__()
         self.returns_tuple = returns_tuple
 
-    def forward(self, hidden_states: torch.Tensor) -> Any:
+    def forward(self, hidden_states: torch.Tensor, **_of_router: Any) -> Any:
         output = torch.zeros_like(hidden_states)
         return (output, None) if self.returns_tuple else output
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
+from .layer_form import HeadStep, learn_form, split_hidden
 from .offload import in_memory, in_memory_copy, is_offloaded
 from .sparse import UnsupportedModelError, patched_forward
 
 # Tokens that several inputs of a layer may have as one batch: enough that reading its weights does not count any more.
 _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 
-# What one decoder layer hands to the next: hidden states `[B, S, H]`, and in a few architectures more (the token choice
-# of a sparse attention that several layers share).
+# What one decoder layer hands to the next: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and
+# in a few architectures more: the token choice of a sparse attention that several layers share, or (last) what was
+# gathered of the inputs of layers so far.
 State = tuple[Any, ...]
 
 
@@ -44,24 +47,27 @@ class LayerStream:
         self.base: Any = model.base_model
         self.layers: Any = self.base.get_submodule(layers_path)
         self.batches = list(batches)
-        # What every layer returns (0: a tensor alone), where its extra results go in the next layer's call, and what
-        # follows the last layer: learnt from one real forward pass.
-        self._num_results = 0
-        self._carried: dict[str, int] = {}
-        self._head: list[nn.Module] = []
-        self._wide: list[nn.Module] | None = None
+        self._wide: list[HeadStep] | None = None
         self._joinable = True
         self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
         self._places: dict[tuple[int, torch.device], Tensor] = {}
-        self._learn_form()
+        few = self.batches[0].truncate(rows=2, length=16)
+        self.form, expected = learn_form(self.base, self.layers, lambda: self._forward(few))
+        self._verify(few, expected)
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
         self.embeddings = [state for _, state in captured]
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that one layer hands to the next for a batch, on average, with all that is gathered."""
+        parts = 1 if self.form.gathered is None else 1 + len(self.form.gathered.layers)
+        return parts * sum(s[0].numel() * s[0].element_size() for s in self.embeddings) // len(self.embeddings)
 
     @torch.no_grad()
     def run_layer(self, layer: int, state: State, batch: int) -> State:
@@ -139,18 +145,25 @@ class LayerStream:
             self._skipped = before
 
     @torch.no_grad()
-    def finish(self, hidden: Tensor) -> Tensor:
-        """The model's last hidden state (after the final norm) for the output of the last decoder layer, `[..., H]`.
+    def finish(self, state: State) -> Tensor:
+        """The model's last hidden state (after the final norm) `[..., H]` for what the last decoder layer hands on.
 
-        Float32 is kept float32, also where the model computes in half precision.
+        The layer's output is `[..., H]`, or `[..., n, H]` where there are several residual streams: the model's own
+        modules behind the last layer make one of them. Float32 is kept float32, also where the model computes in half
+        precision. Where inputs of layers are gathered, they must be in the state; elsewhere the output is enough.
         """
-        for module in self._head if hidden.dtype == self.model.dtype else self._wide_head():
-            hidden = module(hidden)
-        return hidden
+        hidden, leading = state[0], state[0].shape[:-2]
+        if self.form.streams:  # modules that collapse streams count dimensions from the front
+            hidden = hidden.reshape(1, -1, *hidden.shape[-2:])
+        for step in self.form.head if hidden.dtype == self.model.dtype else self._wide_head():
+            hidden = step(hidden, state[-1])
+        if self.form.cast:
+            hidden = hidden.to(state[0].dtype)
+        return hidden.reshape(*leading, -1) if self.form.streams else hidden
 
-    def _wide_head(self) -> list[nn.Module]:
+    def _wide_head(self) -> list[HeadStep]:
         if self._wide is None:
-            self._wide = [in_memory_copy(module).float() for module in self._head]
+            self._wide = [replace(step, module=in_memory_copy(step.module).float()) for step in self.form.head]
         return self._wide
 
     @torch.no_grad()
@@ -164,7 +177,7 @@ class LayerStream:
         ids, mask = self._inputs(self.batches[batch])
 
         def stand_in(*_args: Any, **_kwargs: Any) -> Any:
-            return self._output_class(last_hidden_state=last_hidden)
+            return self.form.output_class(last_hidden_state=last_hidden)
 
         with patched_forward(self.base, stand_in):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -196,12 +209,17 @@ class LayerStream:
     def _run(self, layer: int, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         if layer in self._skipped:
             return state
+        gathered = self.form.gathered
+        if gathered is not None:
+            state, stack = state[:-1], state[-1]
+            args, kwargs = gathered.put(stack, args, kwargs)
         if len(state) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
-            kwargs = kwargs | {name: state[index] for name, index in self._carried.items()}
+            kwargs = kwargs | {name: state[index] for name, index in self.form.carried.items()}
         # Once for the layer, and not by what each module in it has: Dbrx's experts read the weights of another one.
         with self.in_memory(layer):
             output = self.layers[layer](state[0], *args, **kwargs)
-        return output if isinstance(output, tuple) else (output,)
+        results = output if isinstance(output, tuple) else (output,)
+        return results if gathered is None else (*results, gathered.after(layer, stack, state[0]))
 
     def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         device = self.base.get_input_embeddings().weight.device
@@ -217,14 +235,16 @@ class LayerStream:
     def _capture(self, batch: TokenBatch) -> tuple[list[Any], State]:
         """Arguments that the model gives each layer, and the input of the first, without computing any layer."""
         calls: list[Any] = [None] * len(self.layers)
-        first: list[Tensor] = []
+        first: list[State] = []
+        num_results, gathered = self.form.num_results, self.form.gathered
 
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = _split_hidden(args, kwargs)
-                calls[index] = (args, kwargs)
-                first.append(hidden)
-                return (hidden,) + (None,) * (self._num_results - 1) if self._num_results else hidden
+                hidden, args, kwargs = split_hidden(args, kwargs)
+                if not first:
+                    first.append((hidden,) if gathered is None else (hidden, gathered.of(args, kwargs)))
+                calls[index] = (args, kwargs) if gathered is None else gathered.put(None, args, kwargs)
+                return (hidden,) + (None,) * (num_results - 1) if num_results else hidden
 
             return forward
 
@@ -232,39 +252,7 @@ class LayerStream:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(patched_forward(layer, stub(index)))
             self._forward(batch)
-        return calls, (first[0],)
-
-    def _learn_form(self) -> None:
-        """One real forward pass on a few tokens: what layers return, what follows the last, and that it adds up."""
-        few = self.batches[0].truncate(rows=2, length=16)
-        outputs: list[Any] = []
-        inputs: list[dict[str, Any]] = []
-        events: list[tuple[nn.Module, Any, Any]] = []
-
-        def note_layer(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            inputs.append(kwargs)
-            outputs.append(output)
-
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            events.append((module, args[0] if args else None, output))
-
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(patched_forward(layer, _holding(layer, layer.forward)))
-                stack.callback(layer.register_forward_hook(note_layer, with_kwargs=True).remove)
-            for child in self.base.children():
-                stack.callback(child.register_forward_hook(note).remove)
-            output = self._forward(few)
-        self._output_class = type(output)
-        if isinstance(outputs[0], tuple):
-            self._num_results = len(outputs[0])
-            self._carried = _handed_on(outputs, inputs)
-        hidden = outputs[-1][0] if self._num_results else outputs[-1]
-        for module, argument, result in events:
-            if argument is hidden:
-                self._head.append(module)
-                hidden = result
-        self._verify(few, output.last_hidden_state)
+        return calls, first[0]
 
     def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
         calls, state = self._capture(batch)
@@ -275,7 +263,7 @@ class LayerStream:
                     self._joinable = self._joinable and self._joins(layer, before, state, call)
                 self._finite.append((layer, torch.isfinite(state[0]).all()))
         self.check_finite()
-        again = self.finish(state[0])
+        again = self.finish(state)
         if not bool(torch.isfinite(again).all()):
             raise ValueError(_not_finite("The output of the final norm"))
         scale = float(expected.abs().max())
@@ -307,32 +295,8 @@ def _repeated(value: Any, rows: int, number: int) -> Any:
     return value.repeat(number, *[1] * (value.ndim - 1))
 
 
-def _holding(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def held(*args: Any, **kwargs: Any) -> Any:
-        with in_memory(module):
-            return forward(*args, **kwargs)
-
-    return held
-
-
 def _not_finite(what: str) -> str:
     return f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
-
-
-def _handed_on(outputs: list[tuple[Any, ...]], inputs: list[dict[str, Any]]) -> dict[str, int]:
-    """Which keyword arguments of a layer are extra results of the layer before it, by position in these."""
-    carried = {}
-    for results, kwargs in zip(outputs, inputs[1:], strict=False):
-        for index, result in enumerate(results[1:], start=1):
-            carried.update({k: index for k, v in kwargs.items() if isinstance(v, Tensor) and v is result})
-    return carried
-
-
-def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    kwargs = dict(kwargs)
-    return kwargs.pop("hidden_states"), args, kwargs
 
 
 @contextmanager

@@ -103,8 +103,10 @@ def layers_on_disk(sketch: PreTrainedModel, layers_path: str) -> dict[str, str |
     for name, module in sketch.named_modules():
         if name == layers_path:
             device_map |= {f"{name}.{i}": "disk" for i, _ in enumerate(module.children())}
-        elif not any(True for _ in module.children()) and not name.startswith(f"{layers_path}."):
-            device_map[name] = device
+        elif not f"{layers_path}.".startswith(f"{name}.") and not name.startswith(f"{layers_path}."):
+            own = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            if name and (own or not any(True for _ in module.children())):
+                device_map[name] = device
     return device_map
 
 

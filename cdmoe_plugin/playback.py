@@ -27,7 +27,7 @@ class LayerCall:
         inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
         target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`.
         routing (`Routing`): What the router decided for the T tokens.
-        tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to the layer's output, float32.
+        tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to what is compared of the layer, float32.
         token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
     """
 
@@ -38,17 +38,35 @@ class LayerCall:
     token_weights: Tensor
 
 
+def as_it_is(state: State) -> Tensor:
+    """What is compared of a decoder layer that is not the last: its output."""
+    return state[0]
+
+
+def side_by_side(state: State) -> Tensor:
+    """The same for several residual streams `[..., n, H]`: one vector `[..., n * H]`.
+
+    The next layer reads all streams, by weights that it computes from them. What the model itself does to make one of
+    them is learnt for what the last layer gives (or is their mean, in which differences may cancel out), so that it
+    says little of what layers before hand on. Streams that are all alike are compared as one would be.
+    """
+    return state[0].flatten(-2)
+
+
+# From what a decoder layer hands on to what is compared; for the last one, what follows it (as in the published code).
+Finish = Callable[[State], Tensor]
+
+
 class LayerRecorder:
     """Runs one decoder layer on batches and takes it apart at its sparse block."""
 
     def __init__(self, stream: LayerStream, block: SparseBlock) -> None:
-        if any(state[0].ndim != 3 for state in stream.embeddings):
-            raise UnsupportedModelError(
-                f"model type {stream.model.config.model_type!r} can't be searched: its decoder layers pass on several "
-                "residual streams. A plan can be applied."
-            )
         self.stream = stream
         self.block = block
+        self.is_last = block.layer == len(stream) - 1
+        self.finish: Finish = side_by_side if stream.form.streams else as_it_is
+        if self.is_last:
+            self.finish = stream.finish
         self.owner = stream.layers[block.layer]
         own = {id(block.module), id(block.shared) if block.shared_name else None}
         self.others = [child for child in self.owner.children() if id(child) not in own]
@@ -98,12 +116,20 @@ class _Playback:
 
     def __init__(self, recorder: LayerRecorder, state: State, batch: int, before: dict[int, list[Any]]) -> None:
         self.recorder = recorder
-        self.state = (state[0].float(), *state[1:])
+        self.state = tuple(map(_float, state))
         self.batch = batch
         self.before = {key: pytree.tree_map(_float, outputs) for key, outputs in before.items()}
 
+    def compared(self, y: Tensor) -> Tensor:
+        """What is compared of the layer for `y` `[B, S, H]`."""
+        return self.recorder.finish(self._run(y))
+
     def __call__(self, y: Tensor) -> Tensor:
-        """The layer's output for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
+        """The layer's output `[B, S, ...]` for `y` `[B, S, H]`."""
+        return self._run(y)[0]
+
+    def _run(self, y: Tensor) -> State:
+        """What the layer hands on for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
         recorder = self.recorder
         with ExitStack() as stack:
             for child in recorder.others:
@@ -113,10 +139,10 @@ class _Playback:
             if recorder.block.shared_name and recorder.block.shared is not None:
                 nothing = torch.zeros_like(y)
                 stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))
-            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)[0]
+            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)
 
     def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
-        """What the layer makes of its block's output, on valid tokens; nearly always `offset + slope * y`."""
+        """What the layer makes of its block's output, on valid tokens; most add it to what they have."""
         again = self(target)
         precision = 8 * torch.finfo(output.dtype).eps
         if not torch.allclose(again, output.float(), rtol=precision, atol=precision * float(output.abs().max())):
@@ -124,57 +150,124 @@ class _Playback:
                 f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) does more with its "
                 "block than can be played back."
             )
+        if self.recorder.is_last and self.recorder.stream.form.gathered is not None:
+            return PlaybackTail(self, valid)  # what follows needs more than the layer's output
         offset = self(torch.zeros_like(target))
         # A random stand-in as large as the rest of the sum tells a norm behind the block from a plain addition.
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(target.shape, generator=generator).to(target) * offset.std().clamp_min(1e-3)
         change = self(noise) - offset
+        finish = self.recorder.finish
         if change.shape == noise.shape:
             slope = float((change * noise).sum(dtype=torch.float64) / noise.square().sum(dtype=torch.float64))
             if (change - slope * noise).norm() <= 1e-4 * change.norm():
-                return AffineTail(offset[valid], 1.0 if abs(slope - 1.0) < 1e-5 else slope)
+                return AffineTail(offset[valid], 1.0 if abs(slope - 1.0) < 1e-5 else slope, finish)
+        elif change.flatten(2).shape[-1] % noise.shape[-1] == 0:
+            slopes = _slopes(change, noise)
+            # What a norm would divide out, or an activation cut off, another size and sign show.
+            other = self(-2 * noise) - offset
+            if all(
+                (c - _streams(slopes, y, c)).norm() <= 1e-4 * c.norm()
+                for c, y in ((change, noise), (other, -2 * noise))
+            ):
+                return StreamsTail(offset[valid], slopes[valid], finish)
         return PlaybackTail(self, valid)
 
 
+def _slopes(change: Tensor, noise: Tensor) -> Tensor:
+    """What each of n streams takes of a block's output, `[B, S, n, 1]`, from what it adds to all of them."""
+    streams = change.flatten(2).unflatten(-1, (-1, noise.shape[-1])).double()
+    squares = noise.double().square().sum(-1, keepdim=True)
+    return ((streams @ noise.double().unsqueeze(-1)) / squares.unsqueeze(-1)).float()
+
+
+def _streams(slopes: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """What a block's output `[..., H]` adds to streams, in the form `[..., n, H]` or `[..., n * H]` of others."""
+    added = slopes * y.unsqueeze(-2)
+    return added if added.shape[-2:] == like.shape[-2:] else added.flatten(-2)
+
+
 class AffineTail:
-    """A decoder layer that adds its block's output to what it has: `offset + slope * y`."""
+    """A decoder layer that adds its block's output to what it has: `finish(offset + slope * y)`."""
 
     divisible = True
+    streams = 1
 
-    def __init__(self, offset: Tensor, slope: float) -> None:
+    def __init__(self, offset: Tensor, slope: float, finish: Finish) -> None:
         self.offset = offset  # [T, H]
         self.slope = slope
+        self.finish = finish
 
     def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The layer's output for `y` `[..., t, H]`, the `rows` of the T tokens."""
-        return torch.add(self.offset[rows], y, alpha=self.slope)
+        """What is compared for `y` `[..., t, H]`, the `rows` of the T tokens."""
+        return self.finish((torch.add(self.offset[rows], y, alpha=self.slope),))
 
     def part(self, rows: slice) -> AffineTail:
         """The same for some of the T tokens."""
-        return AffineTail(self.offset[rows], self.slope)
+        return AffineTail(self.offset[rows], self.slope, self.finish)
+
+    def nearest(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The `y` `[T, H]` with which the layer gives an output `[T, H]`, and what an error of it counts, `[T]`."""
+        return (output - self.offset) / self.slope, output.new_ones(len(output))
+
+
+class StreamsTail:
+    """A decoder layer that adds its block's output to each of n residual streams, times a factor of token and stream.
+
+    `finish(offset + slopes * y)`, where the streams are side by side if the layer hands them on so.
+    """
+
+    divisible = True
+
+    def __init__(self, offset: Tensor, slopes: Tensor, finish: Finish) -> None:
+        self.offset = offset  # [T, n, H] or [T, n * H]
+        self.slopes = slopes  # [T, n, 1]
+        self.finish = finish
+        self.streams = slopes.shape[-2]
+
+    def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What is compared for `y` `[..., t, H]`, the `rows` of the T tokens."""
+        offset = self.offset[rows]
+        return self.finish((offset + _streams(self.slopes[rows], y, offset),))
+
+    def part(self, rows: slice) -> StreamsTail:
+        """The same for some of the T tokens."""
+        return StreamsTail(self.offset[rows], self.slopes[rows], self.finish)
+
+    def nearest(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The `y` `[T, H]` that comes nearest to an output in all streams, and what an error of it counts, `[T]`."""
+        left = (output - self.offset).reshape(len(output), self.streams, -1)
+        squares = self.slopes.square().sum(-2)
+        return (self.slopes * left).sum(-2) / squares.clamp_min(1e-12), squares[:, 0]
 
 
 class PlaybackTail:
-    """A decoder layer that does more with its block's output (a norm, several residual streams): run each time."""
+    """A decoder layer that does more with its block's output (a norm, a convolution): run each time."""
 
     divisible = False
+    streams = 1
 
     def __init__(self, playback: _Playback, valid: Tensor) -> None:
         self.playback = playback
         self.valid = valid
 
     def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The layer's output `[..., T, H']` for `y` `[..., T, H]` of all T tokens."""
+        """What is compared `[..., T, H']` for `y` `[..., T, H]` of all T tokens."""
         assert rows == slice(None)
         results = []
         for candidate in y.reshape(-1, *y.shape[-2:]):
             padded = torch.zeros(*self.valid.shape, y.shape[-1], device=y.device)
             padded[self.valid] = candidate
-            results.append(self.playback(padded)[self.valid])
+            results.append(self.playback.compared(padded)[self.valid])
         return torch.stack(results).reshape(*y.shape[:-2], *results[0].shape)
 
+    def part(self, rows: slice) -> PlaybackTail:
+        """All T tokens at once are all that there is."""
+        assert rows == slice(None)
+        return self
 
-Tail = AffineTail | PlaybackTail
+
+Tail = AffineTail | StreamsTail | PlaybackTail
 
 
 def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from .refit import check_refit
 from .selection import lookup
 from .selection.experts import EXPERT_SELECTIONS
 from .selection.gates import GATES
-from .selection.layer_data import ExpertOrder, SparseLayerData, as_it_is
+from .selection.layer_data import ExpertOrder, SparseLayerData
 from .selection.layers import LAYER_SELECTIONS, LayerOrder
 from .selection.outputs import COMPARE, MODEL_METRICS, all_metrics, compare_outputs, layer_metric, needs_head
 from .selection.path import LayerSearchData, ModelVariants
@@ -181,13 +181,11 @@ class PlanSearch:
             call, output = recorder.record(state, batch, self.token_weights[batch])
             calls.append(call)
             outputs.append(output)
-        is_last = layer == len(self.stream) - 1
         data = SparseLayerData(
             block=block,
             calls=calls,
             gates=GATES[self.config.gates](calls, block.num_experts, self.processes),
             metric=layer_metric(self.config.metric),
-            finish=self.stream.finish if is_last else as_it_is,
             cache_bytes=self.config.cache_bytes,
             seed=self.config.seed,
             processes=self.processes,

@@ -108,7 +108,7 @@ def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
     with stream.skipping(dropped):
         for layer in range(len(stream)):
             state = stream.run_layer(layer, state, 0)
-    return stream.finish(state[0])
+    return stream.finish(state)
 
 
 def _check(model: PreTrainedModel, batch: TokenBatch, expected: Tensor, what: str) -> None:

@@ -28,7 +28,6 @@ from cdmoe_plugin.sparse import find_sparse_blocks
 
 from .tiny_models import (
     ARCHITECTURES,
-    UNSEARCHED,
     _randomize,
     available,
     random_ids,
@@ -42,7 +41,7 @@ logging.disable_progress_bar()
 
 
 TYPES = [name for name in ARCHITECTURES if available(name)]
-SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds and name not in UNSEARCHED]
+SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
 # AutoModelForCausalLM does not know mistral4
 FROM_DISK = ["deepseek", *(name for name in TYPES if ARCHITECTURES[name].causal_lm and name != "mistral4")]
 FOLDS: list[tuple[str, dict[str, Any]]] = [
@@ -145,13 +144,15 @@ def output(model: PreTrainedModel) -> Tensor:
 
 
 def uniform_sparse(model_type: str) -> PreTrainedModel:
-    """A model whose routers give every expert the same constant weight, and choose all."""
+    """A model whose routers give every expert the same constant weight, and choose all (also by token ids)."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
     model = tiny_model(model_type, num_experts=count, top_k=count)
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
+            if name.endswith("tid2eid"):
+                tensor.copy_(torch.arange(count).expand_as(tensor))
     return model
 
 

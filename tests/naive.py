@@ -95,7 +95,7 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
     if kind in ("gpt_oss", "openai_privacy_filter", "minimax_m3_vl_text"):
         limit, alpha = config.swiglu_limit, config.swiglu_alpha
         return (gpt_oss_glu(limit, alpha),) * 2
-    if kind == "glm5_next_text":
+    if kind in ("glm5_next_text", "deepseek_v4"):
         return (clamped_swiglu(config.swiglu_limit),) * 2
     if kind == "hy_v4":
         return clamped_swiglu(config.swiglu_limit), swiglu
@@ -149,7 +149,13 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
 
 
 def naive_block(
-    x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, glu: Glu = swiglu, shared_glu: Glu = swiglu
+    x: Tensor,
+    block: nn.Module,
+    owner: nn.Module,
+    choice: Choice,
+    glu: Glu = swiglu,
+    shared_glu: Glu = swiglu,
+    **_of_router: Any,
 ) -> Tensor:
     """`shared + sum g_i E_i` for every token."""
     y = naive_shared(block, owner, x, shared_glu)
@@ -164,6 +170,9 @@ def naive_block(
 def naive_double(model: PreTrainedModel) -> PreTrainedModel:
     """A float64 copy in eval mode with transformers' plain loop over experts."""
     double = copy.deepcopy(model).double().eval()
+    for name, parameter in double.named_parameters():  # some modules compute in float32, whatever the model's dtype is
+        if any(part in name for part in getattr(double, "_keep_in_fp32_modules_strict", None) or ()):
+            parameter.data = parameter.data.float()
     double.set_experts_implementation("eager")
     return double
 
@@ -182,7 +191,10 @@ def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[No
     """The model with other things done by some sparse blocks, for a while; shared experts of layers stay there."""
     blocks = {index: block for index, block in sparse_blocks(model).items() if index in choices}
     for index, block in blocks.items():
-        block.forward = partial(naive_block, block=block, owner=block, choice=choices[index])
+        glu, shared_glu = naive_glus(model.config, index)
+        block.forward = partial(
+            naive_block, block=block, owner=block, choice=choices[index], glu=glu, shared_glu=shared_glu
+        )
     try:
         yield
     finally:
@@ -201,9 +213,13 @@ def watch(model: PreTrainedModel, sequences: Sequence[Ids], module: nn.Module) -
 
 
 def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> list[Tensor]:
-    """Per sequence `[T, H]`: a decoder layer's output, the last "hidden" state (after the norm), or the "logits"."""
+    """Per sequence `[T, H]`: a decoder layer's output, the last "hidden" state (after the norm), or the "logits".
+
+    Several residual streams of a layer lie side by side.
+    """
     modules = {"hidden": model.base_model, "logits": model.get_output_embeddings()}
-    return [y for _, y in watch(model, sequences, modules[what] if what in modules else layers_of(model)[what])]
+    seen = watch(model, sequences, modules[what] if what in modules else layers_of(model)[what])
+    return [y.flatten(1) for _, y in seen]
 
 
 def naive_condensed_forward(

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeModel, Qwen2MoeSparseMoeBlock
 
 from cdmoe_plugin import (
     CondenseConfig,
@@ -32,7 +33,7 @@ from cdmoe_plugin.sparse import block as block_room
 
 from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
 from .naive import naive_expert, naive_glus, naive_shared
-from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, random_ids, tiny_model
+from .tiny_models import ARCHITECTURES, REFUSED, available, random_ids, tiny_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TABLE_VERSION = "5.23"
@@ -63,7 +64,7 @@ def test_block_with_its_own_routing(model_type: str) -> None:
             lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
         )
         with block.recording_routes() as routes:
-            output = hidden_of(block.module(x))
+            output = hidden_of(block.run(x))
         handle.remove()
         output = output.view(7, 32)
         if block.shared_name is not None and block.shared is not None:
@@ -113,10 +114,28 @@ def test_uniform_router_without_a_search(model_type: str, tmp_path: Path) -> Non
     torch.testing.assert_close(output(type(condensed).from_pretrained(tmp_path)), output(condensed))
 
 
-@pytest.mark.parametrize("model_type", [name for name in UNSEARCHED if available(name)])
-def test_searches_that_are_refused(model_type: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' can't be searched"):
-        search_plan(tiny_model(model_type), CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+def test_a_decoder_that_is_no_chain_of_layers_is_refused() -> None:
+    class Bypassed(Qwen2MoeModel):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            found = super().forward(input_ids=input_ids, **kwargs)
+            found.last_hidden_state = found.last_hidden_state + self.embed_tokens(input_ids)
+            return found
+
+    model = tiny_model("qwen2_moe")
+    model.model.__class__ = Bypassed
+    with pytest.raises(UnsupportedModelError, match="'qwen2_moe' can't be searched layer by layer"):
+        search_plan(model, CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+
+
+def test_a_block_that_asks_for_more_is_refused() -> None:
+    class Asking(Qwen2MoeSparseMoeBlock):
+        def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states + positions)
+
+    model = tiny_model("qwen2_moe")
+    model.model.layers[1].mlp.__class__ = Asking
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 .*needs more than hidden states .*'positions'"):
+        find_sparse_blocks(model)
 
 
 def test_experts_in_latent_space_are_refused() -> None:
@@ -125,14 +144,18 @@ def test_experts_in_latent_space_are_refused() -> None:
 
 
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])
-@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_oss", "nemotron_h", *filter(available, ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text"))],
+)
 def test_refit(model_type: str, refit: str) -> None:
-    """What is fitted is the MLP that stands in the layer, biases, bounds and router scores included."""
-    sequences = random_ids(10, 24)
+    """What is fitted is the MLP that stands in the layer: biases, bounds, router scores, several residual streams."""
+    sequences = random_ids(20, 24)
     config = CondenseConfig(layers=[1, 3], num_experts=2, refit=refit, refit_steps=30)
     model = condense_pretrained(tiny_model(model_type), config, calibration=sequences)
     errors = model.config.condense_config["refit_errors"]
-    assert all(after < before for before, after in errors.values())
+    assert all(after <= before for before, after in errors.values())
+    assert any(after < before for before, after in errors.values())
 
 
 @torch.no_grad()
@@ -197,8 +220,7 @@ def row(model_type: str) -> list[str]:
     except UnsupportedModelError as error:
         reason = re.sub(r" ?\(relative difference [^)]*\)", "", str(error)).partition("can't be condensed: ")[2]
         return [model_type, arch.model, "", "", f"refused: {(reason or str(error)).rstrip('.')}"]
-    works = "works" if model_type not in UNSEARCHED else "works with a plan; not searched (several residual streams)"
-    return [model_type, arch.model, shared_expert(block), experts(block), works]
+    return [model_type, arch.model, shared_expert(block), experts(block), "works"]
 
 
 def table() -> str:

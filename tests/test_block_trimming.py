@@ -28,8 +28,9 @@ from .naive import layers_of
 from .tiny_models import random_ids, tiny_model
 from .trimming import by_hand, first_output, trim_plan
 
-# Layers of beam read from residuals that layers at fixed places leave; jamba's attention comes at fixed places.
-REFUSED = {"beam": "residual_add_idx", "jamba": "JambaAttentionDecoderLayer instead of JambaMambaDecoderLayer"}
+# Layers of beam and inkling2 read what layers at fixed places leave; jamba's attention comes at fixed places.
+REFUSED = {"beam": "residual_add_idx", "inkling2_text": "is_block_boundary"}
+REFUSED["jamba"] = "JambaAttentionDecoderLayer instead of JambaMambaDecoderLayer"
 SAVED = ["qwen2_moe", "mixtral", "glm4_moe", "qwen3_moe", "granitemoeshared", "deepseek_v3"]
 SAVED += ["qwen3_next", "granitemoe_swa", "laguna", "dots3_note_text"]
 

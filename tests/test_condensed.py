@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -93,6 +94,8 @@ def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", SEARCHABLE)
 def test_search_in_bfloat16(model_type: str) -> None:
+    if model_type == "deepseek_v4" and transformers.__version__.startswith("5.17."):
+        pytest.skip("there, deepseek_v4 itself does not run in bfloat16")
     half = tiny_model(model_type, dtype=torch.bfloat16)
     config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
     found, expected = (search_plan(m, config, calibration=IDS).layers[0] for m in (half, copy.deepcopy(half).float()))
@@ -110,7 +113,8 @@ def test_save_and_open(model_type: str, tmp_path: Path) -> None:
     assert type(again) is type(model)
     assert type(again).__name__ == f"CDMoE{arch.model}"
     assert not differing(state(again), state(model))
-    assert torch.equal(output(again), output(model))
+    # In memory of its own: where a file is mapped, weights lie unaligned, and some kernels round by that.
+    assert torch.equal(output(copy.deepcopy(again)), output(model))
     assert again.condense_plan == CondensePlan.load(tmp_path) == plan
 
 
@@ -133,7 +137,8 @@ def test_only_what_is_kept_is_read(model_type: str, tmp_path: Path, reads: Reads
     for row in plan.layers:
         new = {key for key in after - before if in_layer(key, row.layer)}
         place = min(new).rpartition(".down_proj.")[0]
-        gate = "linear_gate" if model_type == "hy_v4" else "gate_proj"  # on disk, all gates are called so there
+        # On disk, all gates are called so there.
+        gate = {"hy_v4": "linear_gate", "deepseek_v4": "wgate"}.get(model_type, "gate_proj")
         kinds = ("weight", "bias") if model_type == "gpt_oss" else ("weight",)
         names = ("up_proj", "down_proj") if model_type == "nemotron_h" else (gate, "up_proj", "down_proj")
         assert new == {f"{place}.{name}.{kind}" for name in names for kind in kinds}

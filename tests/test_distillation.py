@@ -17,7 +17,7 @@ from cdmoe_plugin.recovery import Distillation, condensed_parameters, load_teach
 from cdmoe_plugin.sparse import find_sparse_blocks
 from tests.conftest import differing, some_plan, sparse_model, state
 from tests.recovery import condensed_model, lm_rows, make_trainer
-from tests.tiny_models import tiny_model
+from tests.tiny_models import available, tiny_model
 
 IDS = torch.tensor([[5, 9, 33, 71, 18, 40, 2, 77], [8, 64, 3, 3, 50, 91, 27, 6]])
 LABELS = torch.tensor([[5, 9, 33, 71, 18, 40, 2, 77], [-100, -100, 3, 3, 50, 91, -100, -100]])
@@ -56,9 +56,10 @@ def test_logits_of_the_sparse_model(model_type: str, temperature: float) -> None
     assert float(expected) > 1e-4
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, *filter(available, ["deepseek_v4"])])
 def test_outputs_of_the_replaced_blocks(model_type: str) -> None:
-    sparse, student, blocks = pair(model_type, [1, 3])
+    layers = [0, 3] if model_type == "deepseek_v4" else [1, 3]  # in its layer 0, experts go by token ids
+    sparse, student, blocks = pair(model_type, layers)
     unfreeze_condensed(student)
     loss = measure(Distillation(student, blocks, "blocks"), student)
     loss.backward()
@@ -79,7 +80,8 @@ def test_outputs_of_the_replaced_blocks(model_type: str) -> None:
         mlp = copy.deepcopy(condensed_layers(student)[block.layer])
         mlp.zero_grad()
         with torch.no_grad():
-            target = block.module(inputs[block.layer])
+            ids = {"input_ids": IDS} if model_type == "deepseek_v4" else {}
+            target = block.module(inputs[block.layer], **ids)
             target = target[0] if isinstance(target, tuple) else target
             target = target.reshape(IDS.shape[0], IDS.shape[1], -1)
             if block.shared_name is not None:

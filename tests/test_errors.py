@@ -22,7 +22,6 @@ NAN, INF = float("nan"), float("inf")
 # What the refusal says of the architectures in REFUSED.
 REASONS = {
     "does more than add shared and routed experts": "axk1",
-    "needs more than hidden states": "deepseek_v4",
     "returns more than hidden states": "zaya",
     "not gated MLPs with stacked weights": "inkling_text jetmoe",
     "shapes of its expert weights": "llama4_text longcat_flash",

@@ -19,7 +19,7 @@ from cdmoe_plugin.api import sketch_model
 from cdmoe_plugin.layer_files import CheckpointLayers
 from tests.conftest import build
 from tests.recovery import load_recipe
-from tests.tiny_models import random_ids, tiny_model
+from tests.tiny_models import available, random_ids, tiny_model
 
 IDS = random_ids(5)
 CONFIG = CondenseConfig(num_layers=2, num_experts=2, batch_size=2)
@@ -65,8 +65,12 @@ def assert_same_weights(one: PreTrainedModel, other: PreTrainedModel, folder: Pa
 
 # Experts on disk one by one (deepseek, mixtral) or stacked (granite), a shared expert of the layer (granitemoeshared),
 # layers of several kinds (jamba), experts whose weights another module reads (dbrx), buffers that have another name on
-# disk (hy_v3).
-@pytest.mark.parametrize("arch", ["deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3"])
+# disk (hy_v3), several residual streams (hy_v4, deepseek_v4), weights of layers that are not with these on disk
+# (inkling2_text).
+ARCHS = ["qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3", "hy_v4", "deepseek_v4", "inkling2_text"]
+
+
+@pytest.mark.parametrize("arch", ["deepseek", *filter(available, ARCHS)])
 def test_the_same_plan_and_weights(arch: str, tmp_path: Path) -> None:
     (build(arch) if arch == "deepseek" else tiny_model(arch)).save_pretrained(tmp_path / "sparse")
     plain = condense_pretrained(tmp_path / "sparse", CONFIG, calibration=IDS)

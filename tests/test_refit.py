@@ -16,13 +16,14 @@ from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search
 from cdmoe_plugin.condensed import condensed_layers
 from cdmoe_plugin.refit.down_proj import STRENGTHS
 from tests.conftest import differing, some_plan, sparse_model, state, uniform
-from tests.tiny_models import tiny_model
+from tests.naive import naive_glus
+from tests.tiny_models import available, tiny_model
 
 # Of equal length, so that their order is known: the 5th, 10th, ... are held out.
 IDS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0)).tolist()
 MANY = torch.randint(3, 128, (150, 32), generator=torch.Generator().manual_seed(1)).tolist()
 HELD_OUT = torch.arange(20) % 5 == 4
-TYPES = ["qwen2_moe", "deepseek", "granitemoeshared", "mixtral"]
+TYPES = ["qwen2_moe", "deepseek", "granitemoeshared", "mixtral", *filter(available, ["hy_v4"])]
 
 
 def refitted(model: PreTrainedModel, layers: list[int], ids: Any = IDS, **config: Any) -> PreTrainedModel:
@@ -82,20 +83,27 @@ def test_down_projection_solves_the_ridge_regression(model_type: str, target: st
     below = apply_plan(copy.deepcopy(sparse), replace(plan, layers=plan.layers[:1]), settings, calibration=IDS)
     for layer, under in ((1, sparse), (3, below)):
         folded = condensed_layers(apply_plan(copy.deepcopy(sparse), plan))[layer]
-        seen = watch(under, layer, ["", mlp_name, *(["shared_mlp"] if mlp_name != "mlp" else [])])
+        others = {"granitemoeshared": ["shared_mlp"], "hy_v4": ["ffn_hc"]}.get(model_type, [])
+        seen = watch(under, layer, ["", mlp_name, *others])
         inputs, output = seen[mlp_name]
         if "shared_mlp" in seen:
             output = output + seen["shared_mlp"][1]
-        hidden = seen[""][1]
+        hidden, weights = seen[""][1], 1.0
+        # hy_v4 adds to several streams, by these factors.
+        factors = seen["ffn_hc"][1] if "ffn_hc" in seen else torch.full((20, 24, 1), scale, dtype=torch.float64)
         if target == "model":
-            residual = hidden - scale * output
+            residual = hidden.view(20, 24, -1, 32) - factors[..., None] * output[..., None, :]
             hidden = watch(sparse, layer, [""])[""][1]
-            output = (hidden - residual) / scale
-        inner = folded.double().act_fn(folded.gate_proj(inputs)) * folded.up_proj(inputs)
+            left = hidden.view_as(residual) - residual
+            output = (factors[..., None] * left).sum(-2) / factors.square().sum(-1, keepdim=True)
+            weights = factors.square().sum(-1)
+        folded, width = folded.double(), folded.shared_intermediate_size
+        parts = zip(*(p(inputs).tensor_split([width], -1) for p in (folded.gate_proj, folded.up_proj)), strict=True)
+        glus = reversed(naive_glus(sparse.config, layer))
+        inner = torch.cat([glu(*gate_and_up) for glu, gate_and_up in zip(glus, parts, strict=True)], dim=-1)
         if folded.shared_expert_gate is not None:
-            width = folded.shared_intermediate_size
             inner[..., :width] *= torch.sigmoid(folded.shared_expert_gate(inputs))
-        weights = 1 / hidden.square().mean(-1)
+        weights = weights / hidden.flatten(2).square().mean(-1)
         expected = by_least_squares(inner, folded.down_proj.weight, output, weights)
         mine = condensed_layers(done)[layer]
         assert torch.equal(mine.up_proj.weight.double(), folded.up_proj.weight)

@@ -30,7 +30,7 @@ from cdmoe_plugin.sparse import find_sparse_blocks
 
 from .conftest import IDS, SEARCHABLE, Reads, build, differing, experts_read, sparse_model, state, state_of
 from .naive import sparse_blocks
-from .tiny_models import random_ids, tiny_model
+from .tiny_models import available, random_ids, tiny_model
 from .trimming import by_hand, first_output, naive_greedy, naive_similarities, trim_plan
 
 FORMS = ["condense", "trim_layer", "trim_block"]
@@ -50,8 +50,11 @@ def model_of(model_type: str) -> Any:
 # --- choosing ---
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("model_type", NAIVE)
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [(name, form) for name in NAIVE for form in FORMS]
+    + [(name, "trim_block") for name in filter(available, ["hy_v4"])],
+)
 def test_similarity(model_type: str, form: str) -> None:
     model = model_of(model_type)
     config = CondenseConfig(2, 1, form=form, layer_selection="similarity", batch_size=2)
@@ -66,7 +69,7 @@ def test_similarity(model_type: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "granitemoeshared"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "granitemoeshared", *filter(available, ["hy_v4"])])
 def test_greedy(model_type: str, form: str) -> None:
     model = model_of(model_type)
     before, about = state_of(model)

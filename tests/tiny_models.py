@@ -2,7 +2,7 @@
 
 `ARCHITECTURES` lists the model types whose sparse block is a weighted sum of GLU experts, with or
 without a shared expert; `REFUSED` lists sparse model types that compute something else.
-`UNSEARCHED` are among the former, but plans can only be applied. Ask `available` whether the
+Ask `available` whether the
 installed transformers has a type.
 """
 
@@ -136,6 +136,15 @@ NEMOTRON = {
     "ssm_state_size": 8,
     "n_groups": 2,
 }
+# some experts are chosen by token ids; attention over compressed tokens in all ways, within a few tokens
+DEEPSEEK4 = {
+    "mlp_layer_types": ("hash_moe", "moe"),
+    "layer_types": ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    "sliding_window": 8,
+    "o_groups": 2,
+    "o_lora_rank": 4,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -178,6 +187,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "solar_open": _arch("SolarOpenForCausalLM", "shared", ALL),
     "hy_v4": _arch("HYV4ForCausalLM", "shared", swiglu_limit=0.3, **MLA),
     "minimax_m3_vl_text": _arch("MiniMaxM3VLForCausalLM", "shared", swiglu_limit=0.3),
+    "deepseek_v4": _arch("DeepseekV4ForCausalLM", "shared", ALL, swiglu_limit=0.3, **DEEPSEEK4),
     # the decoder layer owns the shared expert and adds it to the block's output
     "granitemoeshared": _arch("GraniteMoeSharedForCausalLM", "layer_shared", ALL, "block_sparse_moe"),
     "granitemoehybrid": _arch("GraniteMoeHybridForCausalLM", "layer_shared", ALL, "block_sparse_moe", **GRANITE_HYBRID),
@@ -236,14 +246,6 @@ ARCHITECTURES: dict[str, TinyArch] = {
 
 REFUSED: dict[str, TinyArch] = {
     "axk1": _arch("AXK1ForCausalLM", "refused", **MLA),
-    "deepseek_v4": _arch(
-        "DeepseekV4ForCausalLM",
-        "refused",
-        ALL,
-        mlp_layer_types=("hash_moe", "moe", "moe", "moe"),
-        o_groups=2,
-        o_lora_rank=4,
-    ),
     "inkling_text": _arch("InklingForCausalLM", "refused", logits_mup_width_multiplier=1.0),
     "llama4_text": _arch("Llama4ForCausalLM", "refused", FIRST_DENSE, "feed_forward"),
     "longcat_flash": _arch("LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA),
@@ -260,9 +262,6 @@ REFUSED: dict[str, TinyArch] = {
     "doge": _arch("DogeForCausalLM", "refused", ALL, is_moe=True, num_experts=16),
     "zaya": _arch("ZayaForCausalLM", "refused", ALL, top_k=1, router_hidden_size=16),
 }
-
-# Several residual streams (or a residual that attends to all layers) go from layer to layer.
-UNSEARCHED = ("glm5_next_text", "hy_v4", "inkling2_text")
 
 
 def _entry(model_type: str) -> TinyArch:
@@ -321,6 +320,9 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _entry(model_type).model_class._from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():  # as from_pretrained does
+        if any(part in name for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ()):
+            parameter.data = parameter.data.float()
     _randomize(model, seed)
     return model.eval()
 

@@ -67,7 +67,9 @@ def naive_similarities(model: PreTrainedModel, sequences: Sequence[Ids], form: s
         leaving = [y for _, y in watch(double, sequences, layer)]
         means = []
         for x, y in zip(entering, leaving, strict=True):
-            cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(x, y, strict=True)]
+            # Several residual streams lie side by side.
+            pairs = zip(x.flatten(1), y.flatten(1), strict=True)
+            cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]
             means.append(sum(cosines) / len(cosines))
         found[index] = sum(means) / len(means)
     return found

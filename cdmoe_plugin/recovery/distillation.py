@@ -112,7 +112,7 @@ class Distillation:
         predicts[:, :-1] = labels[:, 1:] != -100
         if self.form == "logits":
             return self._logits_loss(seen["hidden"], inputs, predicts)
-        return self._blocks_loss(seen, predicts)
+        return self._blocks_loss(seen, inputs, predicts)
 
     def _logits_loss(self, student: Tensor, inputs: dict[str, Any], predicts: Tensor) -> Tensor:
         with torch.no_grad(), self._sparse_again():
@@ -130,12 +130,12 @@ class Distillation:
         p, q = (F.log_softmax(head(h).float() * self._scale / self.temperature, dim=-1) for h in (teacher, student))
         return F.kl_div(q, p, reduction="sum", log_target=True)
 
-    def _blocks_loss(self, seen: dict[Any, Tensor], predicts: Tensor) -> Tensor:
+    def _blocks_loss(self, seen: dict[Any, Tensor], inputs: dict[str, Any], predicts: Tensor) -> Tensor:
         errors = []
         for layer, mlp in self.students.items():
             x = seen[layer].view(*predicts.shape, -1)
             with torch.no_grad():
-                target = _block_output(self.blocks[layer], x)[predicts]
+                target = _block_output(self.blocks[layer], x, inputs.get("input_ids"))[predicts]
             error = (hidden_of(mlp(x)).float()[predicts] - target).square().sum(-1)
             # Relative to each token's own size: a few tokens have outputs a thousand times larger than the rest.
             errors.append((error / target.square().sum(-1).clamp_min(1e-8)).sum())
@@ -209,9 +209,9 @@ def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwa
     return [block for block in blocks if block.layer in condensed]
 
 
-def _block_output(block: SparseBlock, x: Tensor) -> Tensor:
-    """What a sparse block and its shared expert give for `x` `[B, S, H]`, float32 `[B, S, H]`."""
-    total = hidden_of(block.module(x)).float().view(x.shape)
+def _block_output(block: SparseBlock, x: Tensor, input_ids: Tensor | None) -> Tensor:
+    """What a sparse block and its shared expert give for `x` `[B, S, H]` (and token ids), float32 `[B, S, H]`."""
+    total = hidden_of(block.run(x, input_ids)).float().view(x.shape)
     if block.shared_name is not None and block.shared is not None:
         total = total + block.shared(x).float()
     return total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layerwise import LayerStream, State
-from ..playback import AffineTail, LayerRecorder
+from ..playback import LayerRecorder, PlaybackTail
 from ..sparse import SparseBlock
 
 # Every so many sequences, one is held out to choose on.
@@ -54,9 +54,9 @@ class LayerExamples:
         block (`SparseBlock`): The layer's sparse block.
         states (`list[State]`): The layer's input in the condensed model, per batch.
         goals (`list[Tensor] | None`): The layer's output in the unmodified model, `[B, S, H]` per batch: the target is
-            then what takes the condensed model's hidden states there, errors of the layers below included. With None,
-            and in layers that do more with their block's output than adding it, the target is what the sparse block
-            gives for the same inputs.
+            then what takes the condensed model's hidden states there (of several residual streams `[B, S, n, H]`, as
+            near as it can), errors of the layers below included. With None, and in layers that do more with their
+            block's output than adding it, the target is what the sparse block gives for the same inputs.
         cache_bytes (`int`): Memory for examples that are kept.
     """
 
@@ -107,11 +107,12 @@ class LayerExamples:
         )
         valid = valid.to(output[0].device)
         target, hidden = call.target, output[0][valid].float()
-        if self.goals is not None and isinstance(call.tail, AffineTail):
+        weights = hidden.new_ones(len(hidden))
+        if self.goals is not None and not isinstance(call.tail, PlaybackTail):
             hidden = self.goals[batch].to(hidden.device)[valid].float()
-            target = (hidden - call.tail.offset) / call.tail.slope
+            target, weights = call.tail.nearest(hidden)
         # The norm in front of whatever comes next divides the size of a token's hidden state out.
-        weights = 1.0 / hidden.square().mean(-1).clamp_min(1e-8)
+        weights = weights / hidden.flatten(1).square().mean(-1).clamp_min(1e-8)
         sequence = valid.nonzero()[:, 0] + self._first_sequence[batch]
         found = Example(call.inputs, target, weights), sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         size = sum(part.numel() * part.element_size() for part in found[0])

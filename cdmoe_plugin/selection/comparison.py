@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..playback import AffineTail, LayerCall, Tail
-from .layer_data import SparseLayerData, as_it_is
+from ..playback import AffineTail, LayerCall, Tail, as_it_is
+from .layer_data import SparseLayerData
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ class LayerComparison:
 
         def added(chunk: _Chunk, rows: slice) -> Tensor:
             outputs = self._outputs(chunk)[:, rows]
-            if isinstance(chunk.tail, AffineTail) and self.data.finish is as_it_is:
+            if isinstance(chunk.tail, AffineTail) and chunk.tail.finish is as_it_is:
                 run = fused_divergences() if outputs.device.type in _FUSED else divergences
                 tail = chunk.tail.part(rows)
                 return run(
@@ -124,7 +124,7 @@ class LayerComparison:
 
     def _divergence(self, chunk: _Chunk, rows: slice, y: Tensor) -> Tensor:
         """`[..., t]` for `y` `[..., t, H]` in place of what the block gives."""
-        return self.data.metric(chunk.target[rows], self.data.finish(chunk.tail(y, rows)))
+        return self.data.metric(chunk.target[rows], chunk.tail(y, rows))
 
     @torch.no_grad()
     def _total(self, per_token: Callable[[_Chunk, slice], Tensor]) -> list[float]:
@@ -180,15 +180,16 @@ def _split(call: LayerCall, data: SparseLayerData) -> Iterator[_Chunk]:
     size, step = tokens, tokens
     if call.tail.divisible:
         size = max(1, _COMPUTE_ELEMENTS // width)
-        step = max(1, _COMPARE_ELEMENTS.get(call.inputs.device.type, _COMPARE_ELEMENTS["cpu"]) // width)
+        compared = width * call.tail.streams
+        step = max(1, _COMPARE_ELEMENTS.get(call.inputs.device.type, _COMPARE_ELEMENTS["cpu"]) // compared)
     for start in range(0, tokens, size):
         rows = slice(None) if size >= tokens else slice(start, start + size)
         inputs = call.inputs[rows]
         yield _Chunk(
             inputs=inputs,
             base=data.block.shared_output(inputs),
-            target=data.finish(call.tail(call.target[rows], rows)),
-            tail=call.tail.part(rows) if isinstance(call.tail, AffineTail) else call.tail,
+            target=call.tail(call.target[rows], rows),
+            tail=call.tail.part(rows),
             token_weights=call.token_weights[rows],
             step=step,
         )

@@ -13,11 +13,6 @@ from ..processes import Processes
 from ..sparse import SparseBlock
 
 
-def as_it_is(output: Tensor) -> Tensor:
-    """What the model does to the output of a decoder layer that is not the last."""
-    return output
-
-
 @dataclass
 class SparseLayerData:
     """Everything that expert selection may look at in one sparse layer.
@@ -27,8 +22,6 @@ class SparseLayerData:
         calls (`list[LayerCall]`): The layer on this process's calibration batches.
         gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
         metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
-        finish (`Callable`): What the model does to the layer's output before it is compared: nothing (`as_it_is`), but
-            the final norm for the last decoder layer (as in the published code).
         cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
         seed (`int`): Seed of every random choice.
         processes (`Processes`): Who has the other batches; sums go over all of them.
@@ -38,7 +31,6 @@ class SparseLayerData:
     calls: list[LayerCall]
     gates: Tensor
     metric: Callable[[Tensor, Tensor], Tensor]
-    finish: Callable[[Tensor], Tensor]
     cache_bytes: int
     seed: int = 0
     processes: Processes = field(default_factory=Processes)

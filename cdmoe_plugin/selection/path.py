@@ -106,14 +106,13 @@ class ModelVariants:
     def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
         """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
         stream = self.data.stream
-        size = max(sum(s[0].numel() * s[0].element_size() for s in stream.embeddings) // len(stream.embeddings), 1)
-        together = max(1, self.data.cache_bytes // (size * (len(variants) + 1)))
+        together = max(1, self.data.cache_bytes // (max(stream.state_bytes, 1) * (len(variants) + 1)))
         for start in range(0, len(stream.batches), together):
             batches = range(len(stream.batches))[start : start + together]
             states = self._run(variants, batches, tick)
             for batch in batches:
                 last = [states[variant][batch] for variant in variants]
-                yield [self.data.comparison.output(stream.finish(state[0]), batch) for state in last]
+                yield [self.data.comparison.output(stream.finish(state), batch) for state in last]
 
     def _run(
         self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..divergence import mean_squared_error
-from ..playback import AffineTail
-from .layer_data import SparseLayerData, as_it_is
+from ..playback import AffineTail, as_it_is
+from .layer_data import SparseLayerData
 
 # Numbers that the outputs of all experts for some tokens may have, and their float64 copies for a few of these: small
 # enough for a CPU's cache, and large enough for a GPU.
@@ -75,11 +75,11 @@ class SquaredErrors:
     @classmethod
     def of(cls, data: SparseLayerData) -> SquaredErrors | None:
         """The errors of a layer that adds its block's output to what it has, unless anything is not finite."""
-        if data.metric is not mean_squared_error or data.finish is not as_it_is:
+        if data.metric is not mean_squared_error:
             return None
         scaled = []
         for call in data.calls:
-            if not isinstance(call.tail, AffineTail):
+            if not isinstance(call.tail, AffineTail) or call.tail.finish is not as_it_is:
                 return None
             scaled.append(call.token_weights.double() * (call.tail.slope**2 / data.block.hidden_size))
         gram = gram_matrix(data, scaled, with_rest=True)

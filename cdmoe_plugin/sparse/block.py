@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,17 @@ class SparseBlock:
         if form is None:  # as `GATED_ACTIVATIONS["plain"]`, with less memory
             return lambda gate, up: act(gate).mul_(up)
         return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
+
+    def run(self, x: Tensor, input_ids: Tensor | None = None) -> Any:
+        """What the block returns for `x` `[B, S, H]`.
+
+        Args:
+            input_ids (`Tensor`, *optional*): `[B, S]`, for routers that go by them; by default 0, 1, 2, ...
+        """
+        if "input_ids" not in signature(type(self.module).forward).parameters:
+            return self.module(x)
+        ids = torch.arange(x.shape[1]).expand(x.shape[:2]) if input_ids is None else input_ids
+        return self.module(x, input_ids=ids.to(x.device))
 
     def like_output(self, y: Tensor) -> Any:
         """`y` in the form in which the block returns it."""

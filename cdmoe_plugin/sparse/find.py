@@ -51,7 +51,8 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
     probed: dict[Any, SparseBlock] = {}
     for block in blocks:
         activations = (*block.activation.items(), *block.shared_activation.items())
-        kind = (type(block.module), type(block.experts), block.num_experts, block.intermediate_size, activations)
+        modules = (type(block.module), *map(type, block.module.children()))  # routers may differ from layer to layer
+        kind = (modules, block.num_experts, block.intermediate_size, activations)
         if kind not in probed:
             with _refusing(model, block.layer, block.module), _weights_of(model, block):
                 probe_block(block, router_experts or block.num_experts)

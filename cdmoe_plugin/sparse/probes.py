@@ -39,7 +39,7 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
 
     with patched_forward(block.experts, record):
         try:
-            output = block.module(x)
+            output = block.run(x)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
     if len(calls) != 1 or calls[0] is None:
@@ -60,12 +60,12 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     def run(routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
         with patched_forward(block.experts, lambda h, *_, **__: routed.reshape(h.shape)):
             if block.shared is None or not in_block:
-                return hidden_of(block.module(x)).float()
+                return hidden_of(block.run(x)).float()
             with patched_forward(block.shared, lambda h, *_, **__: shared.reshape(h.shape)):
                 if block.shared_gate is None:
-                    return hidden_of(block.module(x)).float()
+                    return hidden_of(block.run(x)).float()
                 with patched_forward(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1)):
-                    return hidden_of(block.module(x)).float()
+                    return hidden_of(block.run(x)).float()
 
     zero = torch.zeros(shape, device=x.device)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
