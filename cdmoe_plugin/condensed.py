@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,20 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
     }
 
 
+def own_config(model: PreTrainedModel) -> Any:
+    """Gives a model, and all of its modules that refer to its config, a config that no other model shares.
+
+    Models that are made from the same config object have that as theirs.
+    """
+    before: Any = model.config
+    config = copy.copy(before)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is before:
+                setattr(module, name, config)
+    return config
+
+
 def become_condensed(
     model: PreTrainedModel,
     plan: CondensePlan,
@@ -193,15 +208,12 @@ def become_condensed(
     all_condensed: bool,
     parameters_before: int,
 ) -> None:
-    """Turns a model whose blocks have been replaced into an instance of its condensed class, config included.
-
-    The config object stays the same one: every module of the model refers to it.
-    """
+    """Turns a model whose blocks have been replaced into an instance of its condensed class, config included."""
     if model.config.model_type == DEEPSEEK:  # the auto classes know it only once they were asked
         register_deepseek()
     condensed_class = condensed_model_class(type(model))
     model.__class__ = condensed_class
-    config: Any = model.config
+    config = own_config(model)
     config.__class__ = condensed_class.config_class
     config.condense_config = {
         **(plan.config or {}),

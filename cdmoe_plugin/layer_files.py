@@ -61,11 +61,15 @@ class CheckpointLayers(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         layer = int(name.removeprefix(self.prefix).partition(".")[0])
         if layer != self._layer:
-            self._layer, self._weights = None, {}  # the layer before goes first
-            release_freed_memory()
+            self.release()  # the layer before goes first
             self._weights = self._read(layer)
             self._layer = layer
         return self._weights[name]
+
+    def release(self) -> None:
+        """Lets go of the layer in memory, if there is one; it is read again when it is needed."""
+        self._layer, self._weights = None, {}
+        release_freed_memory()
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -186,6 +190,7 @@ def state_on_disk(model: PreTrainedModel) -> dict[str, Tensor] | None:
         for name, tensor in model.state_dict().items()
         if not name.startswith(tuple(f"{layers.prefix}{layer}." for layer in kept)) or name in layers.elsewhere
     }
+    layers.release()
     state = {key: tensor[...] for tensors in kept.values() for key, tensor in tensors.items()}
     return state | revert_weight_conversion(model, own)
 

@@ -234,13 +234,20 @@ def state_of_offloaded(model: PreTrainedModel) -> dict[str, torch.Tensor] | None
 
 def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of condensed models on `base`: its fields and `condense_config` (`dict`, *optional*)."""
+
+    def get_plan(config: Any) -> dict[str, str] | None:
+        return tensor_parallel_plan(vars(config).get("base_model_tp_plan", base.base_model_tp_plan), config)
+
+    def set_plan(config: Any, plan: dict[str, str] | None) -> None:
+        vars(config)["base_model_tp_plan"] = plan  # as transformers 5.17 to 5.19 do where embeddings are tied
+
     return _make_class(
         base,
         (base,),
         {
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "condense_config": None,
-            "base_model_tp_plan": property(lambda config: tensor_parallel_plan(base.base_model_tp_plan, config)),
+            "base_model_tp_plan": property(get_plan, set_plan),
             "__annotations__": {"condense_config": "dict | None"},
             "__doc__": f"Config of a condensed model on `{base.__name__}`.",
         },

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
+from .condensed import own_config
 from .layerwise import LayerStream, searching
 from .modeling_cdmoe import silence_router_loss
 from .plan import CondensePlan
@@ -132,7 +133,7 @@ def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> 
     parent_path, _, name = path.rpartition(".")
     parent = model.base_model.get_submodule(parent_path)
     layers: Any = getattr(parent, name)
-    config = vars(model.config)
+    config = vars(own_config(model))
     before = dict(config)
     attributes = []
     try:

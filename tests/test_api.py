@@ -35,6 +35,22 @@ def test_condense_pretrained_is_search_and_apply(tmp_path: Path) -> None:
         assert all(torch.equal(weights[name], value) for name, value in by_hand.state_dict().items())
 
 
+@pytest.mark.parametrize("form", ["condense", "trim_layer", "trim_block"])
+def test_models_of_one_config_object(form: str, tmp_path: Path) -> None:
+    one = tiny_model("qwen2_moe")
+    other = AutoModelForCausalLM.from_config(one.config)
+    before = one.config.to_dict()
+    other = apply_plan(
+        other, search_plan(one, CondenseConfig(layers=[1, 2], num_experts=1, form=form), calibration=IDS)
+    )
+    assert {id(module.config) for module in other.modules() if hasattr(module, "config")} == {id(other.config)}
+    assert one.config.to_dict() == before
+    one.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(one)
+    assert torch.equal(again(torch.tensor([IDS[0]])).logits, one(torch.tensor([IDS[0]])).logits)
+
+
 def test_a_plan_decides_against_the_config() -> None:
     model = tiny_model("qwen2_moe")
     plan = search_plan(model, CONFIG, calibration=IDS)

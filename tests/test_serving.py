@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
 from cdmoe_plugin.sparse import find_sparse_blocks
 from tests.conftest import some_plan, sparse_model
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -108,6 +109,20 @@ def test_split_plan(model_type: str) -> None:
     assert others.items() <= plan.items()
     assert f"{place}.experts" in plan  # the layers that are still sparse
     assert "tp_plan" not in json.dumps(model.config.to_dict())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "ernie4_5_moe"])
+def test_split_plan_of_tied_embeddings(model_type: str, tmp_path: Path) -> None:
+    """Some versions of transformers add to the plan of the config object that they make."""
+    sparse = tiny_model(model_type, tie_word_embeddings=True)
+    before = dict(sparse.config.base_model_tp_plan)
+    model = apply_plan(sparse, some_plan([2]))
+    assert before.items() <= model.config.base_model_tp_plan.items()
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.base_model_tp_plan == model.config.base_model_tp_plan
+    model.config.base_model_tp_plan = {**before, "embed_tokens": "embedding_rowwise"}
+    assert model.config.base_model_tp_plan["embed_tokens"] == "embedding_rowwise"
+    assert "layers.*.mlp.down_proj" in model.config.base_model_tp_plan
 
 
 def test_no_split_plan_without_one_of_the_base() -> None:
