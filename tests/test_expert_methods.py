@@ -16,7 +16,7 @@ from cdmoe_plugin.selection.spectrum import pl_alpha_hill
 
 from . import naive
 from .conftest import build
-from .naive_methods import naive_alpha, naive_expert_order, naive_own_divergences
+from .naive_methods import naive_alpha, naive_expert_order, naive_own_divergences, order_of
 from .tiny_models import random_ids, tiny_model
 
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
@@ -77,6 +77,29 @@ def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> N
         choice = (row.experts, row.gates)
         scores = naive_own_divergences(model, SEQUENCES[:3], "js", row.layer, choice)
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("method", ["l1", "pl_alpha_hill"])
+def test_experts_without_gates_have_two_matrices(method: str) -> None:
+    """Their up projections count once; the order would be another one with these counted twice."""
+    model = tiny_model("nemotron_h", num_experts=6, top_k=6)
+    generator = torch.Generator().manual_seed(1)
+    score = {"l1": lambda matrix: float(matrix.abs().sum()), "pl_alpha_hill": naive_alpha}[method]
+    doubled = {}
+    for layer in (1, 3, 5):
+        experts = model.model.layers[layer].mixer.experts
+        for expert in (*experts.up_proj.data, *experts.down_proj.data):
+            u, s, v = torch.linalg.svd(expert, full_matrices=False)
+            size, power = torch.rand(2, generator=generator) + 0.5
+            expert.copy_(size * (u * s**power) @ v)
+        pairs = enumerate(zip(experts.up_proj.data, experts.down_proj.data, strict=True))
+        doubled[layer] = order_of({i: 2 * score(up) + score(down) for i, (up, down) in pairs})
+    config = CondenseConfig(num_layers=3, num_experts=6, expert_selection=method)
+    rows = search_plan(model, config, calibration=SEQUENCES[:1]).layers
+    for row in rows:
+        gates = dict(zip(row.experts, row.gates, strict=True))
+        assert row.experts == naive_expert_order(model, SEQUENCES, method, row.layer, gates, 6)
+    assert {row.layer: row.experts for row in rows} != doubled
 
 
 def test_an_expert_that_no_token_chose_is_never_kept() -> None:

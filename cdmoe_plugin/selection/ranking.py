@@ -77,9 +77,9 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
 
 @torch.no_grad()
 def l1_norms(data: SparseLayerData) -> Tensor:
-    """Sum of the absolute weights of each expert's three matrices, float64 `[N]`."""
-    weights = data.block.expert_weights()
-    parts = [torch.linalg.vector_norm(part, 1, dim=(1, 2), dtype=torch.float64) for part in weights[:3]]
+    """Sum of the absolute weights of each expert's matrices (three, two without gates), float64 `[N]`."""
+    matrices = data.block.expert_weights().matrices
+    parts = [torch.linalg.vector_norm(part, 1, dim=(1, 2), dtype=torch.float64) for part in matrices]
     return torch.stack(parts).sum(0)
 
 

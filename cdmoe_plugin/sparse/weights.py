@@ -49,6 +49,11 @@ class GatedWeights(NamedTuple):
         return self.gate is self.up
 
     @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate, up and down; of MLPs without gates up and down."""
+        return (self.up, self.down) if self.ungated else (self.gate, self.up, self.down)
+
+    @property
     def biased(self) -> bool:
         return any(bias is not None for bias in self[3:])
 
