@@ -20,7 +20,7 @@ from .modeling_cdmoe import (
     condensed_model_class,
     silence_router_loss,
 )
-from .offload import in_memory, offload_like
+from .offload import in_memory, in_memory_copy, offload_like
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
@@ -104,6 +104,8 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
         _fold_biases(mlp, parts)
     if mlp.shared_expert_gate is not None and block.shared_gate is not None:
         mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
+    if block.norm_name is not None and block.norm is not None:
+        mlp.keep_norm(block.norm_name, in_memory_copy(block.norm))
     return mlp.train(block.module.training)
 
 
@@ -180,10 +182,14 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
         place["returns_tuple"] = True
     if not isinstance(mlp, CondensedMLP):
         return {**place, "form": "trim_layer"}
-    activations = {"gated_activation": block.activation, "shared_gated_activation": _other_activation(block)}
+    special = {
+        "gated_activation": block.activation,
+        "shared_gated_activation": _other_activation(block),
+        "norm": mlp.norm_name,
+    }
     return {
         **place,
-        **{name: spec for name, spec in activations.items() if spec},
+        **{name: spec for name, spec in special.items() if spec},
         "intermediate_size": mlp.intermediate_size,
         "shared_intermediate_size": mlp.shared_intermediate_size,
         "shared_expert_gate": mlp.shared_expert_gate is not None,

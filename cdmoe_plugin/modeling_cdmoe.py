@@ -147,17 +147,29 @@ class CondensedMLP(nn.Module):
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         self.act_fn = ACT2FN[hidden_act]
         self.returns_tuple = returns_tuple
+        self.norm_name: str | None = None
+
+    def keep_norm(self, name: str, norm: nn.Module) -> None:
+        """Norms the output, as some base architectures do in their sparse blocks, under the name that it has there."""
+        self.add_module(name, norm)
+        self.norm_name = name
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`."""
+        output = self.sum_of_experts(hidden_states)
+        if self.norm_name is not None:
+            output = getattr(self, self.norm_name)(output)
+        return (output, None) if self.returns_tuple else output
+
+    def sum_of_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output before any norm."""
         up = self.up_proj(hidden_states)
         inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
         if self.shared_expert_gate is not None:
             shared, routed = inner.tensor_split([self.shared_intermediate_size], dim=-1)
             shared = shared * torch.sigmoid(self.shared_expert_gate(hidden_states))
             inner = torch.cat([shared, routed], dim=-1)
-        output = self.down_proj(inner)
-        return (output, None) if self.returns_tuple else output
+        return self.down_proj(inner)
 
     def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.shared_gated_activation == self.gated_activation:
@@ -221,6 +233,8 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
             if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"]]):
                 raise ValueError("it names modules that the layer does not have")
             replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
+            if isinstance(replacement, CondensedMLP) and spec.get("norm") is not None:
+                replacement.keep_norm(spec["norm"], getattr(getattr(parent, name), spec["norm"]))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "

@@ -25,7 +25,7 @@ class LayerCall:
 
     Args:
         inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
-        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`.
+        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`; before the block's norm, if any.
         routing (`Routing`): What the router decided for the T tokens.
         tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to the layer's output, float32.
         token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
@@ -76,9 +76,11 @@ class LayerRecorder:
             if self.block.shared_name and self.block.shared is not None:
                 stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
             routes = stack.enter_context(self.block.recording_routes())
+            sums = stack.enter_context(self.block.recording_norm_inputs())
             output = self.stream.run_layer(self.block.layer, state, batch)
         self.stream.check_finite()
         block_input, target = seen["block"]
+        target = sums[0] if sums else target
         target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
         valid = self.stream.valid(batch).to(target.device)
         playback = _Playback(self, state, batch, before)

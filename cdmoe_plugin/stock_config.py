@@ -192,6 +192,8 @@ def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidat
     dense = {name: weights for name, module in found.items() if (weights := read_gated_mlp(module)) is not None}
     if len(found) != 1 or not dense:
         raise _Mismatch(f"{where} would have {[type(m).__name__ for m in found.values()]} instead of one dense MLP")
+    if isinstance(source, CondensedMLP) and source.norm_name is not None:
+        raise _Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
     name, weights = next(iter(dense.items()))
     own, given = sum(p.numel() for p in found[name].parameters()), _weights(source)
     if own != sum(part.numel() for part in weights if part is not None):

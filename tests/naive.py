@@ -148,14 +148,20 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 
+def naive_norm(block: nn.Module, y: Tensor) -> Tensor:
+    """axk1 norms the sum of shared and routed experts in its block."""
+    norm = getattr(block, "post_mlp_layernorm", None)
+    return y if norm is None else norm.weight * y / (y.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+
 def naive_block(
     x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, glu: Glu = swiglu, shared_glu: Glu = swiglu
 ) -> Tensor:
-    """`shared + sum g_i E_i` for every token."""
+    """`shared + sum g_i E_i` for every token, normed where the block does that."""
     y = naive_shared(block, owner, x, shared_glu)
     for expert, gate in zip(*choice, strict=True):
         y = y + gate * naive_expert(block, expert, x, glu)
-    return y
+    return naive_norm(block, y)
 
 
 # --- the model ---

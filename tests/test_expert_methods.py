@@ -67,8 +67,9 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=1e-12)
 
 
-# Layers that norm what their block gives, mix it into several streams, or own the shared expert; other weight layouts.
-@pytest.mark.parametrize("model_type", ["afmoe", "dbrx", "granitemoeshared", "qwen4_exp_text"])
+# Layers that norm what their block gives, mix it into several streams, or own the shared expert; blocks that norm their
+# own sum; other weight layouts.
+@pytest.mark.parametrize("model_type", ["afmoe", "axk1", "dbrx", "granitemoeshared", "qwen4_exp_text"])
 @pytest.mark.parametrize("method", ["reap", "d_optimal", "pl_alpha_hill"])
 def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> None:
     model = tiny_model(model_type, num_experts=4)

@@ -154,6 +154,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     # one block adds routed and shared experts
     "afmoe": _arch("AfmoeForCausalLM", "shared"),
     "aria_text": _arch("AriaTextForCausalLM", "shared", ALL),
+    "axk1": _arch("AXK1ForCausalLM", "shared", **MLA),
     "axk2": _arch("AXK2ForCausalLM", "shared", gated_norm_rank=4, **MLA),
     "bailing_hybrid": _arch("BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA),
     "cohere2_moe": _arch("Cohere2MoeForCausalLM", "shared", num_shared_experts=1, logit_scale=1.0),
@@ -235,7 +236,6 @@ ARCHITECTURES: dict[str, TinyArch] = {
 }
 
 REFUSED: dict[str, TinyArch] = {
-    "axk1": _arch("AXK1ForCausalLM", "refused", **MLA),
     "deepseek_v4": _arch(
         "DeepseekV4ForCausalLM",
         "refused",

@@ -41,6 +41,7 @@ class SparseBlock:
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
         routed_scale (`float`): Constant c that the block multiplies the routed sum with.
         shared_scale (`float`): Constant d that the block multiplies the shared output with.
+        norm_name (`str`, *optional*): Name of the block's child that norms the sum of shared and routed experts.
         returns_tuple (`bool`): Whether the block returns its router's scores beside its output.
     """
 
@@ -54,6 +55,7 @@ class SparseBlock:
     shared_gate: nn.Linear | None = None
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    norm_name: str | None = None
     activation: dict[str, Any] = field(default_factory=dict)
     shared_activation: dict[str, Any] = field(default_factory=dict)
     returns_tuple: bool = False
@@ -85,8 +87,15 @@ class SparseBlock:
             return lambda gate, up: act(gate).mul_(up)
         return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
 
+    @property
+    def norm(self) -> nn.Module | None:
+        """What the block does with the sum of shared and routed experts; None where that sum is its output."""
+        return None if self.norm_name is None else self.module.get_submodule(self.norm_name)
+
     def like_output(self, y: Tensor) -> Any:
-        """`y` in the form in which the block returns it."""
+        """What the block returns where the sum of shared and routed experts is `y`, in its own form."""
+        if self.norm is not None:
+            y = self.norm(y)
         return (y, None) if self.returns_tuple else y
 
     def expert_weights(self) -> GatedWeights:
@@ -132,6 +141,19 @@ class SparseBlock:
         handle = self.experts.register_forward_pre_hook(record, with_kwargs=True)
         try:
             yield routes
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def recording_norm_inputs(self) -> Iterator[list[Tensor]]:
+        """Collects the sum of shared and routed experts, per call of the block; nothing where that is its output."""
+        sums: list[Tensor] = []
+        if self.norm is None:
+            yield sums
+            return
+        handle = self.norm.register_forward_pre_hook(lambda _, args: sums.append(args[0]))
+        try:
+            yield sums
         finally:
             handle.remove()
 

@@ -157,7 +157,14 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,
+            norm_name=_norm_name(children, hidden_size),
         )
+
+
+def _norm_name(children: dict[str, nn.Module], hidden_size: int) -> str | None:
+    """The child of a block that has nothing but weights per feature; whether it norms the sum is for the probe."""
+    names = [name for name, child in children.items() if {(hidden_size,)} == {p.shape for p in child.parameters()}]
+    return names[0] if len(names) == 1 else None
 
 
 def _why_none(model: PreTrainedModel) -> str:

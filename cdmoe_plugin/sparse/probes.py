@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block import Routing, SparseBlock, hidden_of, patched_forward, routing_of_call
 from .weights import UnsupportedModelError
@@ -57,15 +59,16 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     in_block = block.shared is not None and block.shared_name is None
     shape = (1, x.shape[1], block.hidden_size)
 
-    def run(routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
-        with patched_forward(block.experts, lambda h, *_, **__: routed.reshape(h.shape)):
-            if block.shared is None or not in_block:
-                return hidden_of(block.module(x)).float()
-            with patched_forward(block.shared, lambda h, *_, **__: shared.reshape(h.shape)):
-                if block.shared_gate is None:
-                    return hidden_of(block.module(x)).float()
-                with patched_forward(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1)):
-                    return hidden_of(block.module(x)).float()
+    def run(routed: Tensor, shared: Tensor, gate: Tensor, norm: bool = False) -> Tensor:
+        with ExitStack() as stack:
+            put_in = partial(_put_in, stack)
+            put_in(block.experts, lambda h, *_, **__: routed.reshape(h.shape))
+            if in_block:
+                put_in(block.shared, lambda h, *_, **__: shared.reshape(h.shape))
+                put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
+            if not norm:
+                put_in(block.norm, lambda h: h)
+            return hidden_of(block.module(x)).float()
 
     zero = torch.zeros(shape, device=x.device)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
@@ -76,7 +79,16 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     weight = torch.sigmoid(gate) if block.shared_gate is not None else 1.0
     expected = block.routed_scale * routed + (block.shared_scale * weight * shared if in_block else 0.0)
     tolerance = 1e-5 if block.dtype == torch.float32 else 1e-2
-    _compare(run(routed, shared, gate), expected, "its block does more than add shared and routed experts", tolerance)
+    reason = "its block does more than add shared and routed experts"
+    _compare(run(routed, shared, gate), expected, reason, tolerance)
+    if block.norm is not None:
+        normed = block.norm(expected.to(block.dtype))
+        _compare(run(routed, shared, gate, norm=True), normed, f"{reason}, and norm the sum", tolerance)
+
+
+def _put_in(stack: ExitStack, module: nn.Module | None, forward: Callable[..., Tensor]) -> None:
+    if module is not None:
+        stack.enter_context(patched_forward(module, forward))
 
 
 def _factor(output: Tensor, values: Tensor) -> float:
