@@ -65,7 +65,8 @@ modeling_cdmoe.state_of_offloaded = _state_of_offloaded
 def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> CondensedMLP:
     """The condensed form of a sparse block: one dense MLP of width `I_s + K * I`, in the block's dtype and place.
 
-    Gates (and the block's constant factors) are folded into the down projection in float32 and rounded once.
+    Gates (and the block's constant factors) are folded into the down projection in float32 and rounded once, and so are
+    the maps around experts that work in a latent space.
 
     Args:
         block (`SparseBlock`): The sparse block; it is not changed.
@@ -75,8 +76,9 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     shared = block.shared_weights()
     routed = block.expert_weights()
     parts = [] if shared is None else [(shared, block.shared_scale)]
-    parts += [(routed.of(e), gate) for e, gate in zip(experts, gates, strict=True)]
-    bias = routed.biased or (shared is not None and shared.biased)
+    parts += [(block.expert(e), gate) for e, gate in zip(experts, gates, strict=True)]
+    bias = routed.biased or any(weights.biased for weights, _ in parts)
+    output_bias = block.output_bias()
     if shared is not None and shared.biased and block.shared_gate is not None:
         raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
     width = block.shared_intermediate_size + len(experts) * block.intermediate_size
@@ -88,6 +90,7 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
             shared_intermediate_size=block.shared_intermediate_size,
             shared_expert_gate=block.shared_gate is not None,
             bias=bias,
+            output_bias=output_bias is not None,
             gated_activation=block.activation,
             shared_gated_activation=_other_activation(block),
             returns_tuple=block.returns_tuple,
@@ -100,8 +103,8 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
             mlp.gate_proj.weight[rows] = weights.gate
         mlp.up_proj.weight[rows] = weights.up
         mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
-    if bias:
-        _fold_biases(mlp, parts)
+    if mlp.down_proj.bias is not None:
+        _fold_biases(mlp, parts, output_bias)
     if mlp.shared_expert_gate is not None and block.shared_gate is not None:
         mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
     if block.norm_name is not None and block.norm is not None:
@@ -109,11 +112,16 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     return mlp.train(block.module.training)
 
 
-def _fold_biases(mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]]) -> None:
+def _fold_biases(
+    mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]], output_bias: torch.Tensor | None
+) -> None:
     """Each neuron keeps its biases; those of the down projections are added, gates and factors included."""
-    for projection in filter(None, (mlp.gate_proj, mlp.up_proj)):
-        projection.bias.zero_()
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        if projection is not None and projection.bias is not None:
+            projection.bias.zero_()
     total = torch.zeros_like(mlp.down_proj.bias, dtype=torch.float32)
+    if output_bias is not None:
+        total += output_bias.float()
     start = 0
     for weights, factor in parts:
         rows = slice(start, start := start + weights.gate.shape[0])
@@ -186,6 +194,7 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
         "gated_activation": block.activation,
         "shared_gated_activation": _other_activation(block),
         "norm": mlp.norm_name,
+        "output_bias": mlp.down_proj.bias is not None and mlp.up_proj.bias is None,
     }
     return {
         **place,

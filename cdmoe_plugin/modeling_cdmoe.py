@@ -114,6 +114,7 @@ class CondensedMLP(nn.Module):
         shared_intermediate_size (`int`): How many of the neurons, from the first, are the shared expert's.
         shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
         bias (`bool`): Whether the three projections have biases.
+        output_bias (`bool`): Whether the down projection has one, also where the others have none.
         gated_activation (`Mapping`, *optional*): A "form" of `GATED_ACTIVATIONS` and its constants; "plain" by default.
             With "ungated", there is no gate projection.
         shared_gated_activation (`Mapping`, *optional*): That of the shared expert's neurons, where it is another one.
@@ -129,6 +130,7 @@ class CondensedMLP(nn.Module):
         shared_intermediate_size: int = 0,
         shared_expert_gate: bool = False,
         bias: bool = False,
+        output_bias: bool = False,
         gated_activation: Mapping[str, Any] | None = None,
         shared_gated_activation: Mapping[str, Any] | None = None,
         returns_tuple: bool = False,
@@ -143,7 +145,7 @@ class CondensedMLP(nn.Module):
         gated = self.gated_activation["form"] != "ungated"
         self.gate_proj = linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = linear(intermediate_size, hidden_size, bias=bias or output_bias)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         self.act_fn = ACT2FN[hidden_act]
         self.returns_tuple = returns_tuple
@@ -261,6 +263,7 @@ def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
         shared_intermediate_size=spec["shared_intermediate_size"],
         shared_expert_gate=spec["shared_expert_gate"],
         bias=spec["bias"],
+        output_bias=spec.get("output_bias", False),
         gated_activation=spec.get("gated_activation"),
         shared_gated_activation=spec.get("shared_gated_activation"),
         returns_tuple=spec.get("returns_tuple", False),

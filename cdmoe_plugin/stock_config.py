@@ -196,7 +196,7 @@ def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidat
         raise _Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
     name, weights = next(iter(dense.items()))
     own, given = sum(p.numel() for p in found[name].parameters()), _weights(source)
-    if own != sum(part.numel() for part in weights if part is not None):
+    if own != sum(part.numel() for part in (*weights.matrices, *weights[3:]) if part is not None):
         raise _Mismatch(f"{where} would have a {type(found[name]).__name__}, which is more than a gated MLP")
     if weights.gate.shape[0] != width:
         raise _Mismatch(f"the MLP of {where} would be {weights.gate.shape[0]} wide instead of {width}")

@@ -51,6 +51,8 @@ FOLDS: list[tuple[str, dict[str, Any]]] = [
     ("hy_v3", {"mlp_bias": True}),
     ("granitemoeshared", {"shared_width": 0}),
     ("qwen2_moe", {"hidden_act": "gelu"}),
+    ("nemotron_h", {"moe_latent_size": 24}),
+    ("nemotron_h", {"moe_latent_size": 24, "mlp_bias": True}),
 ]
 IDS = random_ids(3, 9)
 
@@ -144,10 +146,10 @@ def output(model: PreTrainedModel) -> Tensor:
     return (result.logits if "logits" in result else result.last_hidden_state)[inputs["attention_mask"].bool()]
 
 
-def uniform_sparse(model_type: str) -> PreTrainedModel:
+def uniform_sparse(model_type: str, **overrides: Any) -> PreTrainedModel:
     """A model whose routers give every expert the same constant weight, and choose all."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
-    model = tiny_model(model_type, num_experts=count, top_k=count)
+    model = tiny_model(model_type, num_experts=count, top_k=count, **overrides)
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):

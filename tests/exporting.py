@@ -29,6 +29,7 @@ EXACT: dict[str, tuple[list[int], ...]] = {
     "ernie4_5_moe": ([1], [2], [3], [1, 3], [1, 2, 3]),
     "jamba": ([1, 3],),
     "granitemoehybrid": ([0, 1, 2, 3],),
+    "nemotron_h": ([1], [3], [5, 1], [1, 3, 5]),
 }
 GATED = ["qwen2_moe", "qwen3_next"]
 NEVER = [name for name in ARCHITECTURES if name not in EXACT and name not in GATED]

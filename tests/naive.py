@@ -116,8 +116,10 @@ def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) ->
         width = experts.mlp.w1.shape[0] // experts.num_experts
         gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
         return glu(x @ gate.T, x @ up.T) @ down
-    if hasattr(experts, "up_proj"):  # nemotron: without gates
-        return functional.relu(x @ experts.up_proj[expert].T).square() @ experts.down_proj[expert].T
+    if hasattr(experts, "up_proj"):  # nemotron: without gates, and some in latent space
+        inner = functional.relu(block.fc1_latent_proj(x) @ experts.up_proj[expert].T).square()
+        y = inner @ experts.down_proj[expert].T
+        return y @ block.fc2_latent_proj.weight.T if hasattr(block.fc2_latent_proj, "weight") else y
     gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
     if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria, gpt_oss: transposed
         gate_up, down = gate_up.T, down.T
@@ -148,6 +150,12 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 
+def naive_bias(block: nn.Module) -> Tensor | float:
+    """What a block adds to its output for every token: nemotron's bias of the map back from latent space."""
+    bias = getattr(getattr(block, "fc2_latent_proj", None), "bias", None)
+    return 0.0 if bias is None else bias
+
+
 def naive_norm(block: nn.Module, y: Tensor) -> Tensor:
     """axk1 norms the sum of shared and routed experts in its block."""
     norm = getattr(block, "post_mlp_layernorm", None)
@@ -158,7 +166,7 @@ def naive_block(
     x: Tensor, block: nn.Module, owner: nn.Module, choice: Choice, glu: Glu = swiglu, shared_glu: Glu = swiglu
 ) -> Tensor:
     """`shared + sum g_i E_i` for every token, normed where the block does that."""
-    y = naive_shared(block, owner, x, shared_glu)
+    y = naive_shared(block, owner, x, shared_glu) + naive_bias(block)
     for expert, gate in zip(*choice, strict=True):
         y = y + gate * naive_expert(block, expert, x, glu)
     return naive_norm(block, y)

@@ -27,14 +27,18 @@ from cdmoe_plugin import (
     condensed_module_names,
     search_plan,
 )
+from cdmoe_plugin.budget import LayerBudget
+from cdmoe_plugin.condensed import fold
 from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
 
-from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
-from .naive import naive_expert, naive_glus, naive_norm, naive_shared
+from .conftest import IDS, SEARCHABLE, TYPES, differing, output, state, uniform_sparse
+from .naive import naive_bias, naive_expert, naive_glus, naive_norm, naive_shared
 from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, random_ids, tiny_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TABLE_VERSION = "5.23"
+# Experts that work in another space than the hidden states, with and without biases of the maps there and back.
+LATENT = [("nemotron_h", {"moe_latent_size": 24}), ("nemotron_h", {"moe_latent_size": 32, "mlp_bias": True})]
 # What a block multiplies its routed sum with, by its config.
 FACTORS: dict[str, Callable[[Any], float]] = {
     "beam": lambda c: c.routed_scaling_factor,
@@ -46,11 +50,11 @@ FACTORS: dict[str, Callable[[Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in TYPES), *LATENT])
 @torch.no_grad()
-def test_block_with_its_own_routing(model_type: str) -> None:
+def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) -> None:
     """A block's output, what the package says that it is, and the sum token by token from raw weights in float64."""
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **overrides)
     double = copy.deepcopy(model).double().base_model
     factor = FACTORS.get(model_type, lambda c: 1.0)(model.config)
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
@@ -70,7 +74,7 @@ def test_block_with_its_own_routing(model_type: str) -> None:
 
         _, index, weights = calls[0]
         index, weights = (weights, index) if index.is_floating_point() else (index, weights)
-        plain = naive_shared(raw, owner, x[0].double(), shared_glu)
+        plain = naive_shared(raw, owner, x[0].double(), shared_glu) + naive_bias(raw)
         for token in range(7):
             for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
                 plain[token] += factor * weight * naive_expert(raw, expert, x[0, token].double(), glu)
@@ -107,9 +111,39 @@ def test_searches_that_are_refused(model_type: str) -> None:
         search_plan(tiny_model(model_type), CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
 
 
-def test_experts_in_latent_space_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
-        find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
+@pytest.mark.parametrize("overrides", [overrides for _, overrides in LATENT])
+def test_experts_in_latent_space(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """As test_condensed.py and the test above do for every model type: uniform routers, saving, opening from disk."""
+    model = uniform_sparse("nemotron_h", **overrides)
+    before = output(model)
+    model.save_pretrained(tmp_path / "sparse")
+    plan = search_plan(model, CondenseConfig(num_layers=3, num_experts=4), calibration=IDS)
+    assert all(abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0] for row in plan.layers)
+    apply_plan(model, plan)
+    assert (output(model) - before).abs().max() < 1e-5 * before.abs().max()
+    model.save_pretrained(tmp_path / "condensed")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "condensed")), output(model))
+    read = condense_pretrained(tmp_path / "sparse", plan=plan)
+    assert not differing(state(read), state(model))
+
+
+def test_cost_of_experts_in_latent_space() -> None:
+    """What a budget counts is what a kept expert adds to the condensed layer: matrices of the hidden size."""
+    model = tiny_model("nemotron_h", moe_latent_size=24, dtype=torch.bfloat16)
+    config = CondenseConfig(layers=[1], num_experts="auto", expert_budget="1KB")
+    budget = LayerBudget.of(config, find_sparse_blocks(model))
+    assert budget is not None
+    assert budget.costs == {1: 2 * 16 * 32 * 2}
+    mlps = [fold(find_sparse_blocks(model)[0], list(range(k)), [1.0] * k) for k in (0, 1)]
+    sizes = [sum(p.numel() * p.element_size() for p in mlp.parameters()) for mlp in mlps]
+    assert sizes[1] - sizes[0] == budget.costs[1]
+
+
+def test_experts_that_see_something_else_are_refused() -> None:
+    model = tiny_model("nemotron_h", moe_latent_size=16)
+    model.model.layers[1].mixer.experts.register_forward_pre_hook(lambda _, args: (args[0].tanh(), *args[1:]))
+    with pytest.raises(UnsupportedModelError, match="its experts are given something else"):
+        find_sparse_blocks(model)
 
 
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])

@@ -41,6 +41,7 @@ class SparseBlock:
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
         routed_scale (`float`): Constant c that the block multiplies the routed sum with.
         shared_scale (`float`): Constant d that the block multiplies the shared output with.
+        latent (`tuple`, *optional*): Linear maps into the space that the routed experts work in, and back.
         norm_name (`str`, *optional*): Name of the block's child that norms the sum of shared and routed experts.
         returns_tuple (`bool`): Whether the block returns its router's scores beside its output.
     """
@@ -55,6 +56,7 @@ class SparseBlock:
     shared_gate: nn.Linear | None = None
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    latent: tuple[nn.Linear, nn.Linear] | None = None
     norm_name: str | None = None
     activation: dict[str, Any] = field(default_factory=dict)
     shared_activation: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +64,8 @@ class SparseBlock:
 
     def __post_init__(self) -> None:
         weights = self.expert_weights()
-        self.num_experts, self.intermediate_size, self.hidden_size = weights.gate.shape
+        self.num_experts, self.intermediate_size, features = weights.gate.shape
+        self.hidden_size = features if self.latent is None else self.latent[0].in_features
         shared = self.shared_weights()
         self.shared_intermediate_size = 0 if shared is None else shared.gate.shape[0]
 
@@ -99,8 +102,19 @@ class SparseBlock:
         return (y, None) if self.returns_tuple else y
 
     def expert_weights(self) -> GatedWeights:
-        """Views of all routed experts' weights, stacked."""
+        """Views of all routed experts' weights, stacked; in latent space, where the experts work there."""
         return read_experts(self.experts)
+
+    def expert(self, index: int) -> GatedWeights:
+        """One routed expert as an MLP on hidden states: maps into latent space and back are folded in, in float32."""
+        weights = self.expert_weights().of(index)
+        return weights if self.latent is None else weights.between(*self.latent)
+
+    def output_bias(self) -> Tensor | None:
+        """What the block adds to its output for every token, `[H]`, whatever the experts give."""
+        biases = [getattr(self.module, "bias", None), None if self.latent is None else self.latent[1].bias]
+        found = [bias for bias in biases if bias is not None]
+        return sum(found[1:], found[0]) if found else None
 
     def shared_weights(self) -> GatedWeights | None:
         """Views of the shared expert's weights; None without one."""
@@ -116,17 +130,27 @@ class SparseBlock:
         weights = self.expert_weights()
         if experts is not None:
             weights = weights.of(list(experts))
-        return weights(x, self.glu())
+        if self.latent is None:
+            return weights(x, self.glu())
+        return self.from_latent(weights(self.latent[0](x), self.glu()))
+
+    def from_latent(self, outputs: Tensor) -> Tensor:
+        """`[..., H]` for what the experts give, as it is without a latent space; biases are in `output_bias`."""
+        return outputs if self.latent is None else outputs @ self.latent[1].weight.T
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:
-        """`d · [sigmoid(w·x) ·] S(x)`, float32 `[T, H]` for `x` of shape `[T, H]`; zeros without a shared expert."""
-        if self.shared is None:
-            return torch.zeros_like(x, dtype=torch.float32)
-        output = self.shared(x[None])[0].float() * self.shared_scale
+        """What the block gives without routed experts, `d · [sigmoid(w·x) ·] S(x)` and any bias of its output.
+
+        Float32 `[T, H]` for `x` of shape `[T, H]`; zeros without a shared expert.
+        """
+        output = torch.zeros_like(x, dtype=torch.float32)
+        if self.shared is not None:
+            output = self.shared(x[None])[0].float() * self.shared_scale
         if self.shared_gate is not None:
             output = output * torch.sigmoid(self.shared_gate(x).float())
-        return output
+        bias = self.output_bias()
+        return output if bias is None else output + bias.float()
 
     @contextmanager
     def recording_routes(self) -> Iterator[list[Routing]]:

@@ -119,15 +119,16 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
     with _refusing(model, index, experts):
         if match is None:
             raise UnsupportedModelError("its experts are not in a block of their own, a child of a decoder layer")
-        weights = read_experts(experts)
+        features = read_experts(experts).gate.shape[-1]
         hidden_size = model.config.get_text_config().hidden_size
-        if weights.gate.shape[-1] != hidden_size:
+        module = base.get_submodule(path)
+        children = {name: child for name, child in module.named_children() if child is not experts}
+        latent = _latent_maps(children, hidden_size, features)
+        if latent is None and features != hidden_size:
             raise UnsupportedModelError(
-                f"its experts work on {weights.gate.shape[-1]} features, not on the hidden size {hidden_size}"
+                f"its experts work on {features} features, not on the hidden size {hidden_size}"
             )
-    module = base.get_submodule(path)
     owner = base.get_submodule(match["layer"])
-    children = {name: child for name, child in module.named_children() if child is not experts}
     shared = next((child for child in children.values() if read_gated_mlp(child) is not None), None)
     shared_name = None
     if shared is None:
@@ -157,8 +158,17 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,
+            latent=latent,
             norm_name=_norm_name(children, hidden_size),
         )
+
+
+def _latent_maps(children: dict[str, nn.Module], hidden_size: int, features: int) -> tuple[nn.Linear, nn.Linear] | None:
+    """Two children of a block that map to the features of its experts and back; that they do is for the probe."""
+    linears = [child for child in children.values() if isinstance(child, nn.Linear)]
+    into = (child for child in linears if child.weight.shape == (features, hidden_size))
+    pairs = [(one, other) for one in into for other in linears if other.weight.shape == (hidden_size, features)]
+    return next((pair for pair in pairs if pair[0] is not pair[1]), None)
 
 
 def _norm_name(children: dict[str, nn.Module], hidden_size: int) -> str | None:

@@ -34,8 +34,10 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
 
 def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
     calls: list[Routing | None] = []
+    inputs: list[Tensor] = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inputs.append(hidden)
         calls.append(routing_of_call((hidden, *args), kwargs))
         return torch.zeros_like(hidden)
 
@@ -52,12 +54,19 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
         raise UnsupportedModelError("its block returns more than hidden states")
     if int(calls[0].experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
+    expected = x[0] if block.latent is None else block.latent[0](x[0])
+    _compare(inputs[0], expected, "its experts are given something else than the block")
 
 
 def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
     """With outputs of experts and shared expert put in by hand, the block must add them, up to constant factors."""
     in_block = block.shared is not None and block.shared_name is None
     shape = (1, x.shape[1], block.hidden_size)
+    # What is put in is of the experts' dtype where a linear map comes after it.
+    features, dtype = (
+        (block.hidden_size, torch.float32) if block.latent is None else (block.latent[1].in_features, x.dtype)
+    )
+    bias = block.output_bias()
 
     def run(routed: Tensor, shared: Tensor, gate: Tensor, norm: bool = False) -> Tensor:
         with ExitStack() as stack:
@@ -68,20 +77,25 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
                 put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
             if not norm:
                 put_in(block.norm, lambda h: h)
-            return hidden_of(block.module(x)).float()
+            output = hidden_of(block.module(x)).float()
+            return output if bias is None or norm else output - bias.float()
 
     zero = torch.zeros(shape, device=x.device)
+    nothing = torch.zeros(1, x.shape[1], features, dtype=dtype, device=x.device)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
-    routed, shared, gate = random(*shape), random(*shape), random(1, x.shape[1], 1)
+    routed, shared = random(1, x.shape[1], features, dtype=dtype), random(*shape)
+    gate = random(1, x.shape[1], 1)
+    lifted = block.from_latent(routed).float()
     # Over many random values, the rounding of a block that ends in half precision averages out.
-    block.routed_scale = _factor(run(routed, zero, open_gate), routed)
-    block.shared_scale = _factor(run(zero, shared, open_gate), shared) if in_block else 1.0
+    block.routed_scale = _factor(run(routed, zero, open_gate), lifted)
+    block.shared_scale = _factor(run(nothing, shared, open_gate), shared) if in_block else 1.0
     weight = torch.sigmoid(gate) if block.shared_gate is not None else 1.0
-    expected = block.routed_scale * routed + (block.shared_scale * weight * shared if in_block else 0.0)
+    expected = block.routed_scale * lifted + (block.shared_scale * weight * shared if in_block else 0.0)
     tolerance = 1e-5 if block.dtype == torch.float32 else 1e-2
     reason = "its block does more than add shared and routed experts"
     _compare(run(routed, shared, gate), expected, reason, tolerance)
     if block.norm is not None:
+        expected = expected if bias is None else expected + bias.float()
         normed = block.norm(expected.to(block.dtype))
         _compare(run(routed, shared, gate, norm=True), normed, f"{reason}, and norm the sum", tolerance)
 
@@ -105,6 +119,7 @@ def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor])
         z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
         gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])
         _compare(apply_gate(z), block.glu()(gate, up), f"its experts are not {block.hidden_act}(gate) * up")
+    x = x if block.latent is None else block.latent[0](x)
     index = torch.stack([torch.arange(len(x)), torch.arange(len(x)) + 1], dim=1) % block.num_experts
     index = index.to(x.device)
     gates = random(*index.shape).abs().to(x.dtype)

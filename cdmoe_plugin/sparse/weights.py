@@ -44,6 +44,23 @@ class GatedWeights(NamedTuple):
         up = self.up[experts]
         return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
 
+    def between(self, first: nn.Linear, last: nn.Linear) -> GatedWeights:
+        """Those of one MLP with the maps before and after it folded in, in float32; without the bias of `last`."""
+        dtype = torch.promote_types(self.up.dtype, torch.float32)
+        into, out = first.weight.to(dtype), last.weight.to(dtype)
+
+        def folded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            weight = weight.to(dtype)
+            if first.bias is not None:
+                moved = weight @ first.bias.to(dtype)
+                bias = moved if bias is None else moved + bias.to(dtype)
+            return weight @ into, bias
+
+        up, up_bias = folded(self.up, self.up_bias)
+        gate, gate_bias = (up, None) if self.ungated else folded(self.gate, self.gate_bias)
+        down_bias = None if self.down_bias is None else out @ self.down_bias.to(dtype)
+        return GatedWeights(gate, up, out @ self.down.to(dtype), gate_bias, up_bias, down_bias)
+
     @property
     def ungated(self) -> bool:
         return self.gate is self.up
