@@ -65,8 +65,8 @@ modeling_cdmoe.state_of_offloaded = _state_of_offloaded
 def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> CondensedMLP:
     """The condensed form of a sparse block: one dense MLP of width `I_s + K * I`, in the block's dtype and place.
 
-    Gates (and the block's constant factors) are folded into the down projection in float32 and rounded once, and so are
-    the maps around experts that work in a latent space.
+    Gates (and the block's constant factors) are folded into the down projection, or into gate and up projection where
+    they multiply the experts' inputs, in float32 and rounded once; so are the maps around experts in a latent space.
 
     Args:
         block (`SparseBlock`): The sparse block; it is not changed.
@@ -76,7 +76,9 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     shared = block.shared_weights()
     routed = block.expert_weights()
     parts = [] if shared is None else [(shared, block.shared_scale)]
-    parts += [(block.expert(e), gate) for e, gate in zip(experts, gates, strict=True)]
+    for index, gate in zip(experts, gates, strict=True):
+        expert = block.expert(index)
+        parts.append((expert.of_scaled_inputs(gate), 1.0) if block.gates_inputs else (expert, gate))
     bias = routed.biased or any(weights.biased for weights, _ in parts)
     output_bias = block.output_bias()
     if shared is not None and shared.biased and block.shared_gate is not None:

@@ -48,6 +48,10 @@ def _by_indices(config: Any, dense: Set[int], total: int) -> dict[str, Any] | No
     return {"mlp_only_layers": sorted(dense)}
 
 
+def _by_sparse_indices(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    return {"moe_layers": [i for i in range(total) if i not in dense]}
+
+
 def _by_prefix(name: str) -> Marker:
     def update(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
         return {name: len(dense)} if dense == set(range(len(dense))) else None
@@ -92,6 +96,7 @@ MARKERS = (
     Marker(("mlp_layer_types",), "that any layers are dense", _by_list),
     Marker(("layers_block_type",), "of layers of experts that they are dense", _by_block_type),
     Marker(("mlp_only_layers",), "that any layers are dense", _by_indices),
+    Marker(("moe_layers",), "that any layers are dense", _by_sparse_indices),
     Marker(
         ("first_k_dense_replace", "moe_layer_freq"),
         "that the first layers are dense, and of the others all but each n-th",

@@ -27,6 +27,17 @@ _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 State = tuple[Any, ...]
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that gives hidden states; a model that is a decoder itself.
+
+    That is the base model, but some give themselves for it (llama4_text), and the decoder is the one model in them.
+    """
+    base: Any = model.base_model
+    if base is not model:
+        return base
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+
+
 class LayerStream:
     """A model's decoder as a sequence of layers over fixed token batches.
 
@@ -41,8 +52,8 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
         self.model = model
-        self.base: Any = model.base_model
-        self.layers: Any = self.base.get_submodule(layers_path)
+        self.base: Any = decoder_of(model)
+        self.layers: Any = model.base_model.get_submodule(layers_path)
         self.batches = list(batches)
         # What every layer returns (0: a tensor alone), where its extra results go in the next layer's call, and what
         # follows the last layer: learnt from one real forward pass.

@@ -80,7 +80,7 @@ class LayerRecorder:
             output = self.stream.run_layer(self.block.layer, state, batch)
         self.stream.check_finite()
         block_input, target = seen["block"]
-        target = sums[0] if sums else target
+        target = (sums[0] if sums else target).reshape(block_input.shape)
         target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
         valid = self.stream.valid(batch).to(target.device)
         playback = _Playback(self, state, batch, before)

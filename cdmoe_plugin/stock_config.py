@@ -20,7 +20,12 @@ from .modeling_cdmoe import CondensedMLP, Trimmed
 from .sparse.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
 
 # Fields that may hold the width of dense MLPs.
-_WIDTH_FIELDS = ("dense_intermediate_size", "shared_intermediate_size", "intermediate_size")
+_WIDTH_FIELDS = (
+    "dense_intermediate_size",
+    "intermediate_size_mlp",
+    "shared_intermediate_size",
+    "intermediate_size",
+)
 # What a condensed config adds, or says of itself.
 _CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
 _ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."

@@ -223,8 +223,8 @@ def experts_read(reads: Reads, layer: int) -> list[int]:
     """Which of a layer's 8 routed experts have been read, once per tensor."""
     found = []
     for key, index, shape in reads:
-        is_expert = re.search(r"\.experts\.|block_sparse_moe\.(in|out)put_linear", key) and len(shape) > 1
-        if not is_expert or not in_layer(key, layer):
+        is_expert = re.search(r"\.experts\.|\.(block_sparse_moe|mlp)\.(in|out)put_linear", key) and len(shape) > 1
+        if not is_expert or not in_layer(key, layer) or ".self_attention.experts." in key:
             continue
         own = re.search(r"\.experts\.(\d+)\.", key)
         rows = list(range(shape[0])[index]) if isinstance(index, slice) else list(range(shape[0]))

@@ -111,6 +111,9 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
 
 def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) -> Tensor:
     """`E_i(x)` from the raw weights, which a few architectures stack in their own way."""
+    if hasattr(block, "input_linear"):  # jetmoe: the projections are children of the block
+        gate, up = (x @ block.input_linear.weight[expert].T).chunk(2, -1)
+        return glu(gate, up) @ block.output_linear.weight[expert].T
     experts = block.experts
     if hasattr(experts, "mlp"):  # dbrx: one on top of the other
         width = experts.mlp.w1.shape[0] // experts.num_experts
@@ -151,9 +154,27 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
 
 
 def naive_bias(block: nn.Module) -> Tensor | float:
-    """What a block adds to its output for every token: nemotron's bias of the map back from latent space."""
-    bias = getattr(getattr(block, "fc2_latent_proj", None), "bias", None)
+    """What a block adds to its output for every token: jetmoe's bias, nemotron's of the map back from latent space."""
+    bias = getattr(getattr(block, "fc2_latent_proj", block), "bias", None)
     return 0.0 if bias is None else bias
+
+
+def naive_gated_expert(block: nn.Module, expert: int, gate: float, x: Tensor, glu: Glu = swiglu) -> Tensor:
+    """`g E_i(x)`, or `E_i(g x)` where the block does that."""
+    if type(block).__name__ == "Llama4TextMoe":
+        return naive_expert(block, expert, gate * x, glu)
+    return gate * naive_expert(block, expert, x, glu)
+
+
+def naive_own_route(block: nn.Module, x: Tensor) -> dict[int, float] | None:
+    """One token's experts and weights in blocks that do not call a module with these; None for all others."""
+    kind = type(block).__name__
+    if kind not in ("JetMoeMoE", "Llama4TextMoe"):
+        return None
+    router = block.router.layer if kind == "JetMoeMoE" else block.router
+    values, experts = (router.weight @ x).topk(block.router.top_k)
+    weights = values.softmax(0) if kind == "JetMoeMoE" else values.sigmoid()
+    return dict(zip(experts.tolist(), weights.tolist(), strict=True))
 
 
 def naive_norm(block: nn.Module, y: Tensor) -> Tensor:
@@ -168,7 +189,7 @@ def naive_block(
     """`shared + sum g_i E_i` for every token, normed where the block does that."""
     y = naive_shared(block, owner, x, shared_glu) + naive_bias(block)
     for expert, gate in zip(*choice, strict=True):
-        y = y + gate * naive_expert(block, expert, x, glu)
+        y = y + naive_gated_expert(block, expert, gate, x, glu)
     return naive_norm(block, y)
 
 
@@ -182,13 +203,23 @@ def naive_double(model: PreTrainedModel) -> PreTrainedModel:
     return double
 
 
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Llama4ForCausalLM gives itself for its base model."""
+    return model.model if type(model).__name__ == "Llama4ForCausalLM" else model.base_model
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    return getattr(model.base_model, "layers", None) or model.base_model.blocks
+    return getattr(decoder(model), "layers", None) or decoder(model).blocks
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Jetmoe's attention has experts, too; those of its block are no module of their own."""
+    return hasattr(module, "input_linear" if type(module).__name__.startswith("JetMoe") else "experts")
 
 
 def sparse_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
     layers = enumerate(layers_of(model))
-    return {index: child for index, layer in layers for child in layer.children() if hasattr(child, "experts")}
+    return {index: child for index, layer in layers for child in layer.children() if is_sparse(child)}
 
 
 @contextmanager
@@ -196,7 +227,9 @@ def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[No
     """The model with other things done by some sparse blocks, for a while; shared experts of layers stay there."""
     blocks = {index: block for index, block in sparse_blocks(model).items() if index in choices}
     for index, block in blocks.items():
-        block.forward = partial(naive_block, block=block, owner=block, choice=choices[index])
+        forward = partial(naive_block, block=block, owner=block, choice=choices[index])
+        returns_scores = type(block).__name__ == "Llama4TextMoe"
+        block.forward = (lambda x, forward=forward: (forward(x), None)) if returns_scores else forward
     try:
         yield
     finally:
@@ -216,7 +249,7 @@ def watch(model: PreTrainedModel, sequences: Sequence[Ids], module: nn.Module) -
 
 def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> list[Tensor]:
     """Per sequence `[T, H]`: a decoder layer's output, the last "hidden" state (after the norm), or the "logits"."""
-    modules = {"hidden": model.base_model, "logits": model.get_output_embeddings()}
+    modules = {"hidden": decoder(model), "logits": model.get_output_embeddings()}
     return [y for _, y in watch(model, sequences, modules[what] if what in modules else layers_of(model)[what])]
 
 

@@ -32,7 +32,7 @@ from cdmoe_plugin.condensed import fold
 from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
 
 from .conftest import IDS, SEARCHABLE, TYPES, differing, output, state, uniform_sparse
-from .naive import naive_bias, naive_expert, naive_glus, naive_norm, naive_shared
+from .naive import naive_bias, naive_gated_expert, naive_glus, naive_norm, naive_own_route, naive_shared
 from .tiny_models import ARCHITECTURES, REFUSED, UNSEARCHED, available, random_ids, tiny_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -72,16 +72,22 @@ def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) 
         if block.shared_name is not None and block.shared is not None:
             output = output + block.shared(x)[0]
 
-        _, index, weights = calls[0]
-        index, weights = (weights, index) if index.is_floating_point() else (index, weights)
+        own = [naive_own_route(raw, token.double()) for token in x[0]]
+        if None in own:
+            _, index, weights = calls[0]
+            index, weights = (weights, index) if index.is_floating_point() else (index, weights)
+            own = [dict(zip(i.tolist(), w.tolist(), strict=True)) for i, w in zip(index, weights, strict=True)]
         plain = naive_shared(raw, owner, x[0].double(), shared_glu) + naive_bias(raw)
-        for token in range(7):
-            for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
-                plain[token] += factor * weight * naive_expert(raw, expert, x[0, token].double(), glu)
+        for token, choice in enumerate(own):
+            for expert, weight in choice.items():
+                plain[token] += naive_gated_expert(raw, expert, factor * weight, x[0, token].double(), glu)
         torch.testing.assert_close(output.double(), naive_norm(raw, plain), rtol=1e-4, atol=1e-5)
 
-        outputs = block.expert_outputs(x[0])[routes[0].experts.T, torch.arange(7)]  # [k, T, H]
-        seen = block.shared_output(x[0]) + (outputs * routes[0].weights.T[..., None]).sum(0)
+        seen = block.shared_output(x[0])
+        for token, (chosen, gates) in enumerate(zip(*routes[0], strict=True)):
+            into = gates if block.gates_inputs else None
+            outputs = block.expert_outputs(x[0, token : token + 1], chosen.tolist(), into)[:, 0]
+            seen[token] += (outputs * (1 if block.gates_inputs else gates[:, None])).sum(0)
         torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -139,6 +145,16 @@ def test_cost_of_experts_in_latent_space() -> None:
     assert sizes[1] - sizes[0] == budget.costs[1]
 
 
+def test_a_mixture_of_attentions_is_left_alone() -> None:
+    model = tiny_model("jetmoe")
+    before = {name: tensor for name, tensor in state(model).items() if ".self_attention." in name}
+    assert [block.path for block in find_sparse_blocks(model)] == [f"layers.{i}.mlp" for i in range(4)]
+    condensed = apply_plan(model, CondensePlan([CondensedLayer(i, [2], [0.5]) for i in range(4)]))
+    assert any(".experts.input_linear" in name for name in before)
+    assert not differing(before, {name: tensor for name, tensor in state(condensed).items() if name in before})
+    assert not [name for name in state(condensed) if ".mlp.router." in name]
+
+
 def test_experts_that_see_something_else_are_refused() -> None:
     model = tiny_model("nemotron_h", moe_latent_size=16)
     model.model.layers[1].mixer.experts.register_forward_pre_hook(lambda _, args: (args[0].tanh(), *args[1:]))
@@ -147,20 +163,21 @@ def test_experts_that_see_something_else_are_refused() -> None:
 
 
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])
-@pytest.mark.parametrize("model_type", ["axk1", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["axk1", "gpt_oss", "jetmoe", "llama4_text", "nemotron_h"])
 def test_refit(model_type: str, refit: str) -> None:
     """What is fitted is the MLP that stands in the layer, biases, bounds, norms and router scores included."""
-    sequences = random_ids(10, 24)
+    sequences = random_ids(20, 24)
     config = CondenseConfig(layers=[1, 3], num_experts=2, refit=refit, refit_steps=30)
     model = condense_pretrained(tiny_model(model_type), config, calibration=sequences)
     errors = model.config.condense_config["refit_errors"]
     assert all(after < before for before, after in errors.values())
 
 
+@pytest.mark.parametrize(("model_type", "block"), [("gpt_oss", "mlp"), ("llama4_text", "feed_forward")])
 @torch.no_grad()
-def test_a_layer_whose_block_returned_scores_is_trimmed(tmp_path: Path) -> None:
-    model = tiny_model("gpt_oss")
-    with patched_forward(model.model.layers[1].mlp, lambda x: (torch.zeros_like(x), None)):
+def test_a_layer_whose_block_returned_scores_is_trimmed(model_type: str, block: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    with patched_forward(getattr(model.model.layers[1], block), lambda x: (torch.zeros_like(x), None)):
         expected = output(model)
     plan = search_plan(model, CondenseConfig(layers=[1], form="trim_layer"), calibration=IDS)
     apply_plan(model, plan).save_pretrained(tmp_path)

@@ -39,7 +39,7 @@ def measure(distillation: Distillation, model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("model_type", [*TYPES, "granitemoe"])
+@pytest.mark.parametrize("model_type", [*TYPES, "granitemoe", "llama4_text"])
 def test_logits_of_the_sparse_model(model_type: str, temperature: float) -> None:
     sparse, student, blocks = pair(model_type, [1, 3])
     if model_type == "granitemoe":  # divides its logits by a constant, after the head

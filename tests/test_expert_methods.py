@@ -68,8 +68,8 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
 
 
 # Layers that norm what their block gives, mix it into several streams, or own the shared expert; blocks that norm their
-# own sum; other weight layouts.
-@pytest.mark.parametrize("model_type", ["afmoe", "axk1", "dbrx", "granitemoeshared", "qwen4_exp_text"])
+# own sum or multiply what their experts are given; other weight layouts.
+@pytest.mark.parametrize("model_type", ["afmoe", "axk1", "dbrx", "granitemoeshared", "llama4_text", "qwen4_exp_text"])
 @pytest.mark.parametrize("method", ["reap", "d_optimal", "pl_alpha_hill"])
 def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> None:
     model = tiny_model(model_type, num_experts=4)
@@ -101,6 +101,24 @@ def test_experts_without_gates_have_two_matrices(method: str) -> None:
         gates = dict(zip(row.experts, row.gates, strict=True))
         assert row.experts == naive_expert_order(model, SEQUENCES, method, row.layer, gates, 6)
     assert {row.layer: row.experts for row in rows} != doubled
+
+
+def test_reap_where_gates_multiply_inputs() -> None:
+    """The saliency is the mean norm of what an expert really added."""
+    model = tiny_model("llama4_text", num_experts=5, top_k=5)
+    config = CondenseConfig(num_layers=3, num_experts=5, expert_selection="reap")
+    rows = {row.layer: row.experts for row in search_plan(model, config, calibration=SEQUENCES).layers}
+    double, plain = naive.naive_double(model), {}
+    for layer, block in naive.sparse_blocks(double).items():
+        added = torch.zeros(2, 5, dtype=torch.float64)
+        for inputs, _ in naive.watch(double, SEQUENCES, block):
+            for x in inputs:
+                for expert, gate in (naive.naive_own_route(block, x) or {}).items():
+                    added[0, expert] += naive.naive_expert(block, expert, gate * x).norm().item()
+                    added[1, expert] += gate * naive.naive_expert(block, expert, x).norm().item()
+        expected, plain[layer] = (order_of(dict(enumerate(sums.tolist())), highest=True) for sums in added)
+        assert rows[layer] == expected
+    assert plain != rows  # what gates on outputs would give
 
 
 def test_an_expert_that_no_token_chose_is_never_kept() -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..condensed import condensed_layers, standing_in
+from ..layerwise import decoder_of
 from ..loading import check_whole
 from ..plan import CondensePlan
 from ..sparse import SparseBlock, find_sparse_blocks, hidden_of, model_shape
@@ -94,7 +95,7 @@ class Distillation:
 
         with ExitStack() as stack:
             if self.form == "logits":
-                stack.callback(self.model.base_model.register_forward_hook(keep("hidden")).remove)
+                stack.callback(decoder_of(self.model).register_forward_hook(keep("hidden")).remove)
             else:
                 for layer, mlp in self.students.items():
                     stack.callback(mlp.register_forward_pre_hook(keep(layer)).remove)
@@ -116,7 +117,7 @@ class Distillation:
 
     def _logits_loss(self, student: Tensor, inputs: dict[str, Any], predicts: Tensor) -> Tensor:
         with torch.no_grad(), self._sparse_again():
-            teacher = self.model.base_model(**inputs).last_hidden_state
+            teacher = decoder_of(self.model)(**inputs).last_hidden_state
         total = student.new_zeros((), dtype=torch.float32)
         pairs = zip(student[predicts].split(_CHUNK), teacher[predicts].split(_CHUNK), strict=True)
         for of_student, of_teacher in pairs:
@@ -156,7 +157,7 @@ class Distillation:
         ids = torch.arange(2, 6, device=head.weight.device)[None]
         with eval_mode(self.model):
             output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-            raw = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            raw = head(decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state).float()
         logits = output.logits.float()
         scale = float((raw * logits).sum() / raw.square().sum())
         if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):

@@ -70,7 +70,8 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Experts with the highest router-weighted activation first (REAP, Lasby et al. 2025, arXiv 2510.13999).
 
     The saliency of expert i is the mean, over the tokens that chose it, of `g_i(x) · ‖E_i(x)‖₂`, where `g_i(x)` is what
-    the router really multiplies with. Ties go to the lower index.
+    the router really multiplies with; where that is the expert's input, the mean of `‖E_i(g_i(x) · x)‖₂`. Ties go to
+    the lower index.
     """
     return ranked(data, num_experts, lambda data: -reap_saliencies(data))
 
@@ -99,8 +100,11 @@ def reap_saliencies(data: SparseLayerData) -> Tensor:
         # Expert by expert, as only a few of all tokens chose it.
         for expert in torch.unique(call.routing.experts).tolist():
             rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
-            outputs = data.block.expert_outputs(call.inputs[rows], [expert])[0]
+            inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]
+            if data.block.gates_inputs:
+                inputs, weights = inputs * weights[:, None].to(inputs.dtype), torch.ones_like(weights)
+            outputs = data.block.expert_outputs(inputs, [expert])[0]
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-            sums[expert] = float(norms @ call.routing.weights[rows, slots].double())
+            sums[expert] = float(norms @ weights.double())
         parts.append(sums)
     return data.processes.total(parts).cpu() / choice_counts(data)

@@ -10,7 +10,8 @@ probed on the block itself before it is relied on, so that an architecture which
 reason and never condensed wrongly.
 """
 
-from .block import Routing, SparseBlock, hidden_of, patched_forward
+from .block import SparseBlock
+from .calls import Routing, hidden_of, patched_forward
 from .find import check_config, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
 from .weights import GatedWeights, UnsupportedModelError, has_stacked_weights, shrink_experts
 

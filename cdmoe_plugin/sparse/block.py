@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,8 @@ from transformers.activations import ACT2FN
 
 from ..modeling_cdmoe import GATED_ACTIVATIONS
 from ..plan import SparseLayerShape
+from .calls import RoutedCall, Routing, calls_of
 from .weights import GatedWeights, read_experts, read_gated_mlp
-
-
-class Routing(NamedTuple):
-    """What a router decided for T tokens: the experts, `[T, k]` int64, and what they are multiplied with, `[T, k]`."""
-
-    experts: Tensor
-    weights: Tensor
 
 
 @dataclass
@@ -31,7 +25,7 @@ class SparseBlock:
         layer (`int`): Decoder layer index.
         path (`str`): Name of the block in the base model, such as "layers.3.mlp".
         module (`nn.Module`): The block.
-        experts (`nn.Module`): Its child with the stacked expert weights, called with routed indices and weights.
+        experts (`nn.Module`): What holds the stacked expert weights: a child of the block, or the block itself.
         hidden_act (`str`): Name of the activation in `ACT2FN`.
         activation (`dict`): Form of the experts' gated activation in `GATED_ACTIVATIONS` and its constants; empty for
             `act(gate) * up`.
@@ -63,6 +57,7 @@ class SparseBlock:
     returns_tuple: bool = False
 
     def __post_init__(self) -> None:
+        self.calls = calls_of(self.module, self.experts)
         weights = self.expert_weights()
         self.num_experts, self.intermediate_size, features = weights.gate.shape
         self.hidden_size = features if self.latent is None else self.latent[0].in_features
@@ -110,6 +105,11 @@ class SparseBlock:
         weights = self.expert_weights().of(index)
         return weights if self.latent is None else weights.between(*self.latent)
 
+    @property
+    def gates_inputs(self) -> bool:
+        """Whether a router's weight multiplies what an expert is given, and not what it gives."""
+        return self.calls.gates_inputs
+
     def output_bias(self) -> Tensor | None:
         """What the block adds to its output for every token, `[H]`, whatever the experts give."""
         biases = [getattr(self.module, "bias", None), None if self.latent is None else self.latent[1].bias]
@@ -121,18 +121,23 @@ class SparseBlock:
         return None if self.shared is None else read_gated_mlp(self.shared)
 
     @torch.no_grad()
-    def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
+    def expert_outputs(
+        self, x: Tensor, experts: Sequence[int] | None = None, input_gates: Tensor | None = None
+    ) -> Tensor:
         """`E_i(x)` of routed experts, ungated: `[N, T, H]` for `x` of shape `[T, H]`, in the dtype of `x`.
 
         Args:
             experts (`Sequence[int]`, *optional*): Which ones, in this order (then N counts these); all by default.
+            input_gates (`Tensor`, *optional*): `[N]` of these, for `E_i(g_i x)`.
         """
         weights = self.expert_weights()
         if experts is not None:
             weights = weights.of(list(experts))
-        if self.latent is None:
-            return weights(x, self.glu())
-        return self.from_latent(weights(self.latent[0](x), self.glu()))
+        if self.latent is not None:
+            x = self.latent[0](x)
+        if input_gates is not None:
+            x = x * input_gates.to(x)[:, None, None]
+        return self.from_latent(weights(x, self.glu()))
 
     def from_latent(self, outputs: Tensor) -> Tensor:
         """`[..., H]` for what the experts give, as it is without a latent space; biases are in `output_bias`."""
@@ -157,12 +162,11 @@ class SparseBlock:
         """Collects a `Routing` per call of the block; weights include the block's own scale."""
         routes: list[Routing] = []
 
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            routing = routing_of_call(args, kwargs)
-            assert routing is not None  # _probe_routing has seen such a call before
-            routes.append(Routing(routing.experts, routing.weights.float() * self.routed_scale))
+        def record(call: RoutedCall | None) -> None:
+            assert call is not None  # _probe_routing has seen such a call before
+            routes.append(Routing(call.routing.experts, call.routing.weights.float() * self.routed_scale))
 
-        handle = self.experts.register_forward_pre_hook(record, with_kwargs=True)
+        handle = self.calls.watch(record)
         try:
             yield routes
         finally:
@@ -180,34 +184,3 @@ class SparseBlock:
             yield sums
         finally:
             handle.remove()
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block or a condensed MLP returns, alone or with its router's scores."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def routing_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None:
-    """Routed indices and weights among the arguments of an experts module: told apart by being whole numbers or not."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if len(tensors) != 3 or len(args) + len(kwargs) != 3:
-        return None
-    index = [t for t in tensors[1:] if not t.is_floating_point()]
-    weights = [t for t in tensors[1:] if t.is_floating_point()]
-    if len(index) != 1 or len(weights) != 1 or index[0].shape != weights[0].shape:
-        return None
-    return Routing(index[0].long(), weights[0])
-
-
-@contextmanager
-def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replaces a module's `forward` for a while, and puts back what was there (accelerate's hooks included)."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

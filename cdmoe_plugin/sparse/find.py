@@ -17,7 +17,14 @@ from ..plan import ModelShape
 from .activations import experts_activation, shared_activation
 from .block import SparseBlock
 from .probes import probe_block
-from .weights import UnsupportedModelError, activation_name, has_stacked_weights, read_experts, read_gated_mlp
+from .weights import (
+    UnsupportedModelError,
+    activation_name,
+    are_parallel,
+    has_stacked_weights,
+    read_experts,
+    read_gated_mlp,
+)
 
 # How configs say "this model has experts", for a better message where these are not recognised.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -112,7 +119,7 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
 
 
 def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> SparseBlock:
-    path = experts_name.rpartition(".")[0]
+    path = experts_name if are_parallel(experts) else experts_name.rpartition(".")[0]
     match = re.fullmatch(r"(?P<layer>.*?\.(?P<index>\d+))\.[^.]+", path)
     base = model.base_model
     index = int(match["index"]) if match else -1

@@ -61,6 +61,12 @@ class GatedWeights(NamedTuple):
         down_bias = None if self.down_bias is None else out @ self.down_bias.to(dtype)
         return GatedWeights(gate, up, out @ self.down.to(dtype), gate_bias, up_bias, down_bias)
 
+    def of_scaled_inputs(self, factor: float) -> GatedWeights:
+        """Those of `E(factor · x)`, gate and up in at least float32."""
+        dtype = torch.promote_types(self.up.dtype, torch.float32)
+        up = self.up.to(dtype) * factor
+        return self._replace(gate=up if self.ungated else self.gate.to(dtype) * factor, up=up)
+
     @property
     def ungated(self) -> bool:
         return self.gate is self.up
@@ -76,10 +82,20 @@ class GatedWeights(NamedTuple):
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    # A lone stacked "weight" is one linear map per expert, or a convolution.
+    own = (parameter for name, parameter in module.named_parameters(recurse=False) if name != "weight")
+    return any(parameter.ndim == 3 for parameter in own) or _is_dbrx_like(module) or are_parallel(module)
+
+
+def are_parallel(module: nn.Module) -> bool:
+    """Whether two children are the stacked projections of gated MLPs, `[N, 2I, H]` and `[N, H, I]` (jetmoe).
+
+    Those of its attention, a mixture of query and output projections, are not: these are as wide in between.
+    """
+    into, out = (getattr(getattr(module, name, None), "weight", None) for name in ("input_linear", "output_linear"))
+    if not isinstance(into, Tensor) or not isinstance(out, Tensor) or into.ndim != 3 or out.ndim != 3:
         return False
-    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return stacked or _is_dbrx_like(module)
+    return into.shape == (out.shape[0], 2 * out.shape[2], out.shape[1])
 
 
 def _is_dbrx_like(experts: nn.Module) -> bool:
@@ -89,7 +105,7 @@ def _is_dbrx_like(experts: nn.Module) -> bool:
     )
 
 
-def read_experts(experts: nn.Module) -> GatedWeights:
+def read_experts(experts: Any) -> GatedWeights:
     """Views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
 
     Raises:
@@ -101,12 +117,15 @@ def read_experts(experts: nn.Module) -> GatedWeights:
         return GatedWeights(gate, up, down.transpose(1, 2))
     if not getattr(experts, "has_gate", True):
         return _read_ungated(experts)
+    if are_parallel(experts):
+        gate, up = experts.input_linear.weight.chunk(2, dim=1)
+        return GatedWeights(gate, up, experts.output_linear.weight)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
         raise UnsupportedModelError("its experts are not gated MLPs with stacked weights gate_up_proj and down_proj")
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError("it normalises the output of every expert")
-    if getattr(experts, "is_transposed", False):
+    if gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1]):  # transposed
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gate, up = _halves(experts, gate_up)
     if gate.shape != (down.shape[0], down.shape[2], down.shape[1]):
@@ -184,9 +203,10 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.unsqueeze(-2)
 
 
-def shrink_experts(experts: nn.Module, count: int, kept: int) -> None:
+def shrink_experts(experts: Any, count: int, kept: int) -> None:
     """Gives a module of stacked expert weights room for `kept` experts instead of `count`; what it held is gone."""
-    for module in experts.modules():
+    parts = (experts.input_linear, experts.output_linear) if are_parallel(experts) else experts.modules()
+    for module in parts:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim >= 2 and parameter.shape[0] % count == 0:
                 shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
