@@ -17,6 +17,7 @@ from ..plan import ModelShape
 from .activations import experts_activation, shared_activation
 from .block import SparseBlock
 from .probes import probe_block
+from .reasons import why_no_block, why_none, why_weighted
 from .weights import (
     UnsupportedModelError,
     activation_name,
@@ -25,9 +26,6 @@ from .weights import (
     read_experts,
     read_gated_mlp,
 )
-
-# How configs say "this model has experts", for a better message where these are not recognised.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
@@ -76,7 +74,7 @@ def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks by their structure alone, in the order of depth; see `find_sparse_blocks`."""
     found = [(name, module) for name, module in model.base_model.named_modules() if has_stacked_weights(module)]
     if not found:
-        raise UnsupportedModelError(_why_none(model))
+        raise UnsupportedModelError(why_none(model))
     return sorted((_describe_block(model, *each) for each in found), key=lambda block: block.layer)
 
 
@@ -120,12 +118,16 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
 
 def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> SparseBlock:
     path = experts_name if are_parallel(experts) else experts_name.rpartition(".")[0]
-    match = re.fullmatch(r"(?P<layer>.*?\.(?P<index>\d+))\.[^.]+", path)
+    match = re.fullmatch(r"(?P<layer>.*?\.\d+)\.[^.]+", path)
     base = model.base_model
-    index = int(match["index"]) if match else -1
+    in_layer = re.search(r"\.(\d+)\.", experts_name)
+    index = int(in_layer[1]) if in_layer else -1
     with _refusing(model, index, experts):
         if match is None:
-            raise UnsupportedModelError("its experts are not in a block of their own, a child of a decoder layer")
+            raise UnsupportedModelError(why_no_block(model, experts_name))
+        reason = why_weighted(experts)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
         features = read_experts(experts).gate.shape[-1]
         hidden_size = model.config.get_text_config().hidden_size
         module = base.get_submodule(path)
@@ -182,20 +184,6 @@ def _norm_name(children: dict[str, nn.Module], hidden_size: int) -> str | None:
     """The child of a block that has nothing but weights per feature; whether it norms the sum is for the probe."""
     names = [name for name, child in children.items() if {(hidden_size,)} == {p.shape for p in child.parameters()}]
     return names[0] if len(names) == 1 else None
-
-
-def _why_none(model: PreTrainedModel) -> str:
-    config = model.config.get_text_config()
-    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if getattr(config, name, None)}
-    if counts:
-        return (
-            f"model type {model.config.model_type!r} ({type(model).__name__}) has experts ({counts}), but not as "
-            "stacked weights in a block of their own: this form of sparse layer is not supported."
-        )
-    return (
-        f"model type {model.config.model_type!r} ({type(model).__name__}) is dense: there is no sparse layer with "
-        "routed experts to condense."
-    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .block import SparseBlock
 from .calls import RoutedCall, Routing, hidden_of, patched_forward
+from .reasons import arguments_of
 from .weights import UnsupportedModelError
 
 
@@ -47,7 +48,9 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
     # Scores of a router are for the eyes of the user: no decoder layer reads them.
     block.returns_tuple = isinstance(output, tuple) and len(output) == 2 and output[1] is calls[0].scores
     if not block.returns_tuple and not isinstance(output, Tensor):
-        raise UnsupportedModelError("its block returns more than hidden states")
+        state = [f"`{name}`" for name in arguments_of(block.module)[1:]]
+        passed = f", and takes {', '.join(state)} from the layer before" if state else ""
+        raise UnsupportedModelError(f"its block returns more than hidden states{passed}")
     if int(calls[0].routing.experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
     _compare(calls[0].inputs, _features(block, x), "its experts are given something else than the block")

@@ -128,6 +128,12 @@ def read_experts(experts: Any) -> GatedWeights:
     if gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1]):  # transposed
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gate, up = _halves(experts, gate_up)
+    if len(down) < len(gate) and gate.shape[1:] == down.mT.shape[1:]:
+        identity = any(isinstance(child, nn.Identity) for child in experts.children())
+        raise UnsupportedModelError(
+            f"{len(gate) - len(down)} of the {len(gate)} experts that its router chooses from have no weights"
+            + (" and add the token itself, times the router's weight (identity experts)" if identity else "")
+        )
     if gate.shape != (down.shape[0], down.shape[2], down.shape[1]):
         raise UnsupportedModelError(
             f"the shapes of its expert weights, {tuple(gate_up.shape)} and {tuple(down.shape)}, do not belong together"
