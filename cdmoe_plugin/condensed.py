@@ -15,6 +15,7 @@ from . import modeling_cdmoe
 from .modeling_cdmoe import (
     CondensedMLP,
     CondensedModelMixin,
+    NoRouter,
     Omitted,
     Trimmed,
     condensed_model_class,
@@ -182,6 +183,8 @@ def _places(
     places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
     if block.shared_name is not None:
         places.append((parent, block.shared_name, Omitted() if shared is None else shared))
+    if block.router_name is not None and block.router is not None:
+        places.append((parent, block.router_name, block.router if mlp is block.module else NoRouter()))
     return places
 
 
@@ -190,6 +193,8 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
     place: dict[str, Any] = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
     if block.returns_tuple:
         place["returns_tuple"] = True
+    if block.router_name is not None:
+        place["router"] = block.router_name
     if not isinstance(mlp, CondensedMLP):
         return {**place, "form": "trim_layer"}
     special = {
@@ -279,6 +284,18 @@ def refuse_condensed(model: PreTrainedModel) -> None:
         )
 
 
+def check_form(blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], form: str) -> None:
+    """Checks that the layers of a plan can take its form.
+
+    Raises:
+        UnsupportedModelError: naming a layer whose MLP can't be dropped.
+    """
+    chosen = {layer.layer for layer in layers}
+    for block in blocks:
+        if form == "trim_layer" and block.layer in chosen:
+            block.check_trimming()
+
+
 def apply_layers(
     model: PreTrainedModel,
     blocks: Sequence[SparseBlock],
@@ -296,6 +313,7 @@ def apply_layers(
         mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
     """
     by_layer = {block.layer: block for block in blocks}
+    check_form(blocks, layers, form)
 
     def made(chosen: CondensedLayer) -> tuple[SparseBlock, nn.Module]:
         block = by_layer[chosen.layer]

@@ -6,14 +6,14 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .calibration import TokenBatch
 from .offload import in_memory, in_memory_copy, is_offloaded
@@ -233,6 +233,8 @@ class LayerStream:
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = _split_hidden(args, kwargs)
+                # Layers run again and again; some models give them a cache to fill whatever they are asked for.
+                kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 calls[index] = (args, kwargs)
                 first.append(hidden)
                 return (hidden,) + (None,) * (self._num_results - 1) if self._num_results else hidden
@@ -279,6 +281,7 @@ class LayerStream:
 
     def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
         calls, state = self._capture(batch)
+        stores = [(n, v, len(v)) for _, kw in calls for n, v in kw.items() if isinstance(v, MutableMapping)]
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 with self.in_memory(layer):
@@ -286,6 +289,14 @@ class LayerStream:
                     self._joinable = self._joinable and self._joins(layer, before, state, call)
                 self._finite.append((layer, torch.isfinite(state[0]).all()))
         self.check_finite()
+        filled = [name for name, store, size in stores if len(store) != size]
+        shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)
+        # Several variants of a layer would write to one place. transformers 5.17 does it where no layer reads it, too.
+        if filled and shared:
+            raise UnsupportedModelError(
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer: some of its layers "
+                f"read what others leave in `{filled[0]}`. A plan can be applied."
+            )
         again = self.finish(state[0])
         if not bool(torch.isfinite(again).all()):
             raise ValueError(_not_finite("The output of the final norm"))

@@ -156,8 +156,8 @@ class CondensedMLP(nn.Module):
         self.add_module(name, norm)
         self.norm_name = name
 
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`."""
+    def forward(self, hidden_states: torch.Tensor, *_routing: Any) -> Any:
+        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple` and `NoRouter`."""
         output = self.sum_of_experts(hidden_states)
         if self.norm_name is not None:
             output = getattr(self, self.norm_name)(output)
@@ -202,6 +202,13 @@ class Omitted(nn.Module):
         return hidden_states.new_zeros(())
 
 
+class NoRouter(nn.Module):
+    """Stands where a decoder layer asks a router before it calls its experts; a condensed MLP needs no answer."""
+
+    def forward(self, *_args: Any) -> tuple[None, None, None]:
+        return None, None, None
+
+
 class Trimmed(nn.Module):
     """Stands where a layer's MLP has been dropped whole: only the residual passes."""
 
@@ -232,7 +239,8 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
             parent_name, _, name = spec["module"].rpartition(".")
             parent = model.base_model.get_submodule(parent_name)
             children = {child for child, _ in parent.named_children()}
-            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"]]):
+            routers = [spec["router"]] if spec.get("router") is not None else []
+            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"], *routers]):
                 raise ValueError("it names modules that the layer does not have")
             replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
             if isinstance(replacement, CondensedMLP) and spec.get("norm") is not None:
@@ -246,6 +254,8 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
         setattr(parent, name, replacement)
         for other in spec["omitted"]:
             setattr(parent, other, Omitted())
+        for router in routers:
+            setattr(parent, router, NoRouter())
 
 
 def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
@@ -380,7 +390,11 @@ class CondensedModelMixin(_Model):
             for spec in model.config.condense_config["condensed_layers"].values()
             for name in (
                 spec["module"],
-                *(f"{spec['module'].rpartition('.')[0]}.{other}" for other in spec["omitted"]),
+                *(
+                    f"{spec['module'].rpartition('.')[0]}.{other}"
+                    for other in (*spec["omitted"], spec.get("router"))
+                    if other is not None
+                ),
             )
         ]
         unused = sorted(str(key) for key in info.get("unexpected_keys", ()) if any(p in str(key) for p in places))
@@ -635,7 +649,10 @@ def condensed_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfi
         {
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "condense_config": None,
-            "base_model_tp_plan": property(lambda config: tensor_parallel_plan(base.base_model_tp_plan, config)),
+            # With tied embeddings, transformers 5.17 sets it to have these split, too; they stay whole.
+            "base_model_tp_plan": property(
+                lambda config: tensor_parallel_plan(base.base_model_tp_plan, config), lambda _config, _plan: None
+            ),
             "__annotations__": {"condense_config": "dict | None"},
             "__doc__": f"Config of a condensed model on `{base.__name__}`.",
         },
@@ -668,6 +685,9 @@ def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> di
         if spec["shared_expert_gate"]:
             inner, outer = "colwise_gather_output", "rowwise_split_input"
         place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
+        if spec.get("router") is not None:  # it stands where other layers have their experts: neither is split
+            plan = {name: how for name, how in plan.items() if not f"{name}.".startswith(f"{place}.")}
+            continue
         plan |= {f"{place}.gate_proj": inner, f"{place}.up_proj": inner, f"{place}.down_proj": outer}
     return plan
 

@@ -154,6 +154,8 @@ def uniform_sparse(model_type: str, **overrides: Any) -> PreTrainedModel:
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
+        if block.router is not None:  # gemma4's, of the decoder layer; a scale per expert stays
+            block.router.proj.weight.data.zero_()
     return model
 
 

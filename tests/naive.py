@@ -105,6 +105,8 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
         )
     if kind == "inkling2_text":
         return (softcapped_swiglu(config.mlp_gate_softcap, config.mlp_up_softcap),) * 2
+    if kind in ("gemma4_text", "diffusion_gemma_text"):
+        return (lambda gate, up: functional.gelu(gate, approximate="tanh") * up,) * 2
     act = getattr(functional, getattr(config, "hidden_act", None) or "silu")
     return (lambda gate, up: act(gate) * up,) * 2
 
@@ -114,7 +116,7 @@ def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) ->
     if hasattr(block, "input_linear"):  # jetmoe: the projections are children of the block
         gate, up = (x @ block.input_linear.weight[expert].T).chunk(2, -1)
         return glu(gate, up) @ block.output_linear.weight[expert].T
-    experts = block.experts
+    experts = getattr(block, "experts", block)  # gemma4: they are the block
     if hasattr(experts, "mlp"):  # dbrx: one on top of the other
         width = experts.mlp.w1.shape[0] // experts.num_experts
         gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
@@ -213,7 +215,9 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def is_sparse(module: nn.Module) -> bool:
-    """Jetmoe's attention has experts, too; those of its block are no module of their own."""
+    """Jetmoe's attention has experts, too; those of its block are no module of their own. Gemma4's are the block."""
+    if type(module).__name__ == "Gemma4TextExperts":
+        return True
     return hasattr(module, "input_linear" if type(module).__name__.startswith("JetMoe") else "experts")
 
 
@@ -227,9 +231,10 @@ def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[No
     """The model with other things done by some sparse blocks, for a while; shared experts of layers stay there."""
     blocks = {index: block for index, block in sparse_blocks(model).items() if index in choices}
     for index, block in blocks.items():
-        forward = partial(naive_block, block=block, owner=block, choice=choices[index])
+        glu = naive_glus(model.config, index)[0]
+        forward = partial(naive_block, block=block, owner=block, choice=choices[index], glu=glu)
         returns_scores = type(block).__name__ == "Llama4TextMoe"
-        block.forward = (lambda x, forward=forward: (forward(x), None)) if returns_scores else forward
+        block.forward = lambda x, *_, f=forward, t=returns_scores: (f(x), None) if t else f(x)
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) 
             lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
         )
         with block.recording_routes() as routes:
-            output = hidden_of(block.module(x))
+            output = hidden_of(block.calls.block(x))
         handle.remove()
         output = output.view(7, 32)
         if block.shared_name is not None and block.shared is not None:
@@ -143,6 +143,22 @@ def test_cost_of_experts_in_latent_space() -> None:
     mlps = [fold(find_sparse_blocks(model)[0], list(range(k)), [1.0] * k) for k in (0, 1)]
     sizes = [sum(p.numel() * p.element_size() for p in mlp.parameters()) for mlp in mlps]
     assert sizes[1] - sizes[0] == budget.costs[1]
+
+
+def test_experts_of_the_decoder_layer_are_not_split_over_processes() -> None:
+    """Condensed MLPs stand where other layers have experts, for which the base's plan has other ways of splitting."""
+    model = tiny_model("gemma4_text")
+    before = type(model.config).base_model_tp_plan
+    plan = apply_plan(model, CondensePlan([CondensedLayer(2, [1], [0.5])])).config.base_model_tp_plan
+    assert plan == {name: how for name, how in before.items() if not name.startswith("layers.*.experts")}
+    assert plan != before
+
+
+def test_layers_that_read_what_others_leave() -> None:
+    model = tiny_model("gemma4_text", num_kv_shared_layers=2, layer_types=("full_attention",))
+    with pytest.raises(UnsupportedModelError, match=r"'gemma4_text' can't be searched.*leave in `shared_kv_states`"):
+        search_plan(model, CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+    assert output(apply_plan(model, CondensePlan([CondensedLayer(2, [1], [0.5])]))).isfinite().all()
 
 
 def test_a_mixture_of_attentions_is_left_alone() -> None:

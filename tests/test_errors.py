@@ -26,7 +26,6 @@ REASONS = {
     "its shared experts are weighted per token by the router": "inkling_text",
     "2 of the 10 experts .* have no weights and add the token itself": "longcat_flash",
     "normalises the output of every expert": "muse_spark_text",
-    r"calls its experts, apart from its dense MLP \(mlp\): there is no block": "gemma4_text diffusion_gemma_text",
     "several sets of experts .*, of which `moe_mm_token_type_ids` chooses": "ernie4_5_vl_moe_text",
     r"single neurons, looked up in tables \(down_embed, up_embed\)": "doge",
 }

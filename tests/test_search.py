@@ -86,9 +86,9 @@ def test_other_outputs_and_metrics(model_type: str, norm: bool, metric: str, com
 
 
 # Layers that scale or norm what their block gives, mix it into several streams, or own the shared expert; blocks that
-# norm their own sum, add a bias, or multiply what their experts are given.
+# norm their own sum, add a bias, multiply what their experts are given, or are but a part of the layer's MLP.
 OTHER_LAYERS = ("afmoe", "beam", "dbrx", "flex_olmo", "granitemoeshared", "kolibri1", "minimax", "qwen4_exp_text")
-OTHER_BLOCKS = ("axk1", "jetmoe", "llama4_text")
+OTHER_BLOCKS = ("axk1", "gemma4_text", "jetmoe", "llama4_text")
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,8 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "olmoe": _arch("OlmoeForCausalLM", "none", ALL),
     "phimoe": _arch("PhimoeForCausalLM", "none", ALL),
     "qwen3_moe": _arch("Qwen3MoeForCausalLM", "none"),
+    # experts and router are the decoder layer's own, apart from its dense MLP
+    "gemma4_text": _arch("Gemma4ForCausalLM", "none", ALL, "experts", **GEMMA4),
     "gpt_oss": _arch("GptOssForCausalLM", "none", ALL, swiglu_limit=0.3),
     "inkling2_text": _arch("Inkling2ForCausalLM", "none", ALL, mlp_gate_softcap=0.3, mlp_up_softcap=0.5),
     # text backbones without a causal language model class
@@ -234,6 +236,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
         swiglu_limits=(0.3,),
         swiglu_limits_shared=(0.2,),
     ),
+    "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "multimodal", ALL, "experts", global_head_dim=8),
     "openai_privacy_filter": _arch("OpenAIPrivacyFilterModel", "multimodal", ALL, swiglu_limit=0.3),
 }
 
@@ -249,8 +252,6 @@ REFUSED: dict[str, TinyArch] = {
     "inkling_text": _arch("InklingForCausalLM", "refused", logits_mup_width_multiplier=1.0),
     "longcat_flash": _arch("LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA),
     "muse_spark_text": _arch("MuseSparkTextModel", "refused", moe_hidden_size=24),
-    "gemma4_text": _arch("Gemma4ForCausalLM", "refused", ALL, "", **GEMMA4),
-    "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "refused", ALL, "", global_head_dim=8),
     "ernie4_5_vl_moe_text": _arch(
         "Ernie4_5_VLMoeTextModel",
         "refused",

@@ -43,7 +43,8 @@ class Distillation:
         temperature (`float`, defaults to 1.0): T of the form "logits"; its loss is multiplied by T².
 
     Raises:
-        ValueError: if an argument is out of range, or if the blocks are not those that were condensed.
+        ValueError: if an argument is out of range, if the blocks are not those that were condensed, or if what they
+            give for an input does not follow from that input.
     """
 
     def __init__(
@@ -65,8 +66,13 @@ class Distillation:
         if missing:
             raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
+        if form == "blocks" and any(block.router is not None for block in self.blocks.values()):
+            raise ValueError(
+                "`distillation` on 'blocks' needs what routers see among the inputs of the blocks; in "
+                f"{type(model).__name__}, the decoder layers have routers of their own. Use the form 'logits'."
+            )
         for block in self.blocks.values():
-            for module in filter(None, (block.module, block.shared)):
+            for module in filter(None, (block.module, block.shared, block.router)):
                 module.eval().requires_grad_(False)
         self._follow()
         self._scale = self._logit_scale() if form == "logits" else 1.0
@@ -75,7 +81,7 @@ class Distillation:
         """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
         for layer, block in self.blocks.items():
             device = next(self.students[layer].parameters()).device
-            for module in filter(None, (block.module, block.shared)):
+            for module in filter(None, (block.module, block.shared, block.router)):
                 module.to(device)
 
     @contextmanager

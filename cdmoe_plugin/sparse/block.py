@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from ..modeling_cdmoe import GATED_ACTIVATIONS
 from ..plan import SparseLayerShape
 from .calls import RoutedCall, Routing, calls_of
-from .weights import GatedWeights, read_experts, read_gated_mlp
+from .weights import GatedWeights, UnsupportedModelError, read_experts, read_gated_mlp
 
 
 @dataclass
@@ -35,6 +35,9 @@ class SparseBlock:
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
         routed_scale (`float`): Constant c that the block multiplies the routed sum with.
         shared_scale (`float`): Constant d that the block multiplies the shared output with.
+        router (`nn.Module`, *optional*): The router where the decoder layer owns it and calls the experts itself, which
+            are the block then.
+        router_name (`str`, *optional*): Its name in the decoder layer.
         latent (`tuple`, *optional*): Linear maps into the space that the routed experts work in, and back.
         norm_name (`str`, *optional*): Name of the block's child that norms the sum of shared and routed experts.
         returns_tuple (`bool`): Whether the block returns its router's scores beside its output.
@@ -50,6 +53,8 @@ class SparseBlock:
     shared_gate: nn.Linear | None = None
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    router: nn.Module | None = None
+    router_name: str | None = None
     latent: tuple[nn.Linear, nn.Linear] | None = None
     norm_name: str | None = None
     activation: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +62,7 @@ class SparseBlock:
     returns_tuple: bool = False
 
     def __post_init__(self) -> None:
-        self.calls = calls_of(self.module, self.experts)
+        self.calls = calls_of(self.module, self.experts, self.router)
         weights = self.expert_weights()
         self.num_experts, self.intermediate_size, features = weights.gate.shape
         self.hidden_size = features if self.latent is None else self.latent[0].in_features
@@ -84,6 +89,18 @@ class SparseBlock:
         if form is None:  # as `GATED_ACTIVATIONS["plain"]`, with less memory
             return lambda gate, up: act(gate).mul_(up)
         return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
+
+    def check_trimming(self) -> None:
+        """Checks that dropping the block drops the whole MLP of its decoder layer.
+
+        Raises:
+            UnsupportedModelError: if the layer has a dense MLP beside it.
+        """
+        if self.router is not None:
+            raise UnsupportedModelError(
+                f"The experts of decoder layer {self.layer} are but a part of its MLP, apart from a dense one: "
+                "`form='trim_layer'` can't drop it whole. Use the form 'condense' or 'trim_block'."
+            )
 
     @property
     def norm(self) -> nn.Module | None:

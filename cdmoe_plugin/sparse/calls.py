@@ -61,6 +61,22 @@ class StackedExperts:
         """What comes of this routing for `x` of shape `[T, ...]`."""
         return self.experts(x, *routing)
 
+    def block(self, x: Tensor) -> Any:
+        """What the block does with `x` of shape `[1, T, H]`, by its own routing."""
+        return self.module(x)
+
+
+class LayerExperts(StackedExperts):
+    """Experts that are the block themselves: the decoder layer asks its router and calls them (gemma4)."""
+
+    def __init__(self, experts: nn.Module, router: nn.Module) -> None:
+        super().__init__(experts, experts)
+        self.router = router
+
+    def block(self, x: Tensor) -> Any:
+        _, weights, chosen = self.router(x[0])
+        return self.experts(x[0], chosen, weights)
+
 
 class InputGatedExperts(StackedExperts):
     """Experts that are each called with all tokens, times the router's weight or 0 (llama4): `sum_i E_i(g_i x)`."""
@@ -139,12 +155,17 @@ class ParallelExperts(StackedExperts):
             return self.module(x[None])
 
 
-def calls_of(module: nn.Module, experts: nn.Module) -> StackedExperts:
+def calls_of(module: nn.Module, experts: nn.Module, router: nn.Module | None = None) -> StackedExperts:
     """The form in which a block calls its routed experts.
+
+    Args:
+        router (`nn.Module`, *optional*): That of the decoder layer, where it calls the experts itself.
 
     Raises:
         UnsupportedModelError: if it lacks what goes with that form.
     """
+    if router is not None:
+        return LayerExperts(experts, router)
     if are_parallel(experts):
         return ParallelExperts(module, experts)
     only_tokens = len(signature(type(experts).forward).parameters) == 2  # and self

@@ -110,6 +110,8 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
     number = config.num_experts
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
+        if config.form == "trim_layer" and chosen:
+            block.check_trimming()
         if config.form == "condense" and chosen and number != "auto" and number > block.num_experts:
             raise ValueError(
                 f"`num_experts` is {number}, but decoder layer {block.layer} has {block.num_experts} routed experts."
@@ -117,7 +119,8 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
 
 
 def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> SparseBlock:
-    path = experts_name if are_parallel(experts) else experts_name.rpartition(".")[0]
+    router_name = _layer_router(model, experts_name)
+    path = experts_name if are_parallel(experts) or router_name else experts_name.rpartition(".")[0]
     match = re.fullmatch(r"(?P<layer>.*?\.\d+)\.[^.]+", path)
     base = model.base_model
     in_layer = re.search(r"\.(\d+)\.", experts_name)
@@ -140,7 +143,7 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
     owner = base.get_submodule(match["layer"])
     shared = next((child for child in children.values() if read_gated_mlp(child) is not None), None)
     shared_name = None
-    if shared is None:
+    if shared is None and router_name is None:
         others = {name: child for name, child in owner.named_children() if child is not module}
         shared_name = next((n for n, child in others.items() if read_gated_mlp(child) is not None), None)
         shared = others.get(shared_name) if shared_name else None
@@ -167,9 +170,18 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,
+            router=None if router_name is None else owner.get_submodule(router_name),
+            router_name=router_name,
             latent=latent,
             norm_name=_norm_name(children, hidden_size),
         )
+
+
+def _layer_router(model: PreTrainedModel, experts_name: str) -> str | None:
+    """Name of the router beside experts that are a decoder layer's own children; None for experts in a block."""
+    layer = re.fullmatch(r"(.*?\.\d+)\.[^.]+", experts_name)
+    children = dict(model.base_model.get_submodule(layer[1]).named_children()) if layer else {}
+    return "router" if "router" in children else None
 
 
 def _latent_maps(children: dict[str, nn.Module], hidden_size: int, features: int) -> tuple[nn.Linear, nn.Linear] | None:

@@ -38,7 +38,7 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
     handle = block.calls.watch(calls.append)
     try:
         with block.calls.giving(_features(block, x).zero_()):
-            output = block.module(x)
+            output = block.calls.block(x)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
     finally:
@@ -80,7 +80,7 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
                 put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
             if not norm:
                 put_in(block.norm, lambda h: h)
-            output = hidden_of(block.module(x)).float()
+            output = hidden_of(block.calls.block(x)).float()
             return output if bias is None or norm else output - bias.float()
 
     zero = torch.zeros(shape, device=x.device)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .weights import has_stacked_weights, read_gated_mlp
+from .weights import has_stacked_weights
 
 # How configs say "this model has experts".
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -23,15 +23,10 @@ def arguments_of(module: nn.Module) -> list[str]:
 def why_no_block(model: PreTrainedModel, experts_name: str) -> str:
     """Why experts are not in a block of their own, a child of a decoder layer that could be replaced."""
     base: nn.Module = model.base_model
-    in_layer = re.fullmatch(r"(?P<layer>.*?\.\d+)\.(?P<block>[^.]+)(?P<inside>\..*)?", experts_name)
+    in_layer = re.match(r"(?P<block>.*?\.\d+\.[^.]+)\.", experts_name)
     if in_layer is None:
         return "its experts are not in a block of their own, a child of a decoder layer"
-    layer = base.get_submodule(in_layer["layer"])
-    if in_layer["inside"] is None:
-        dense = [name for name, child in layer.named_children() if read_gated_mlp(child) is not None]
-        apart = f", apart from its dense MLP ({', '.join(dense)})" if dense else ""
-        return f"the decoder layer itself calls its experts{apart}: there is no block that adds shared and routed ones"
-    block = layer.get_submodule(in_layer["block"])
+    block = base.get_submodule(in_layer["block"])
     sets = [name for name, module in block.named_modules() if has_stacked_weights(module)]
     types = [name for name in arguments_of(block) if "token_type" in name]
     if len(sets) > 1 and types:
