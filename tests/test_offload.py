@@ -66,7 +66,9 @@ def assert_same_weights(one: PreTrainedModel, other: PreTrainedModel, folder: Pa
 # Experts on disk one by one (deepseek, mixtral) or stacked (granite), a shared expert of the layer (granitemoeshared),
 # layers of several kinds (jamba), experts whose weights another module reads (dbrx), buffers that have another name on
 # disk (hy_v3).
-@pytest.mark.parametrize("arch", ["deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3"])
+@pytest.mark.parametrize(
+    "arch", [*("deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3"), "axk1", "gemma4_text"]
+)
 def test_the_same_plan_and_weights(arch: str, tmp_path: Path) -> None:
     (build(arch) if arch == "deepseek" else tiny_model(arch)).save_pretrained(tmp_path / "sparse")
     plain = condense_pretrained(tmp_path / "sparse", CONFIG, calibration=IDS)
