@@ -65,7 +65,7 @@ def assert_same_weights(one: PreTrainedModel, other: PreTrainedModel, folder: Pa
 
 # Experts on disk one by one (deepseek, mixtral) or stacked (granite), a shared expert of the layer (granitemoeshared),
 # layers of several kinds (jamba), experts whose weights another module reads (dbrx), buffers that have another name on
-# disk (hy_v3).
+# disk (hy_v3), a norm that condensed layers keep (axk1), and experts and router of the layer itself (gemma4_text).
 @pytest.mark.parametrize(
     "arch", [*("deepseek", "qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3"), "axk1", "gemma4_text"]
 )
