@@ -123,7 +123,7 @@ def experts_per_layer(config: CondenseConfig, layers: Sequence[int], blocks: Seq
 def _cost(block: SparseBlock, unit: Unit) -> int:
     if unit == "experts":
         return 1
-    weights = block.expert_weights()
-    own = weights[1:5] if weights.ungated else weights[:5]  # down biases become one
-    parts = [part for part in own if part is not None]
-    return sum(part[0].numel() * (part.dtype.itemsize if unit == "bytes" else 1) for part in parts)
+    weights = block.expert(0)
+    own = (*weights.matrices, weights.gate_bias, weights.up_bias)  # down biases become one
+    size = sum(part.numel() for part in own if part is not None)
+    return size * block.dtype.itemsize if unit == "bytes" else size

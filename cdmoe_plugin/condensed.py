@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import modeling_cdmoe
-from .layers_cdmoe import CondensedMLP, Omitted, Trimmed
+from .layers_cdmoe import CondensedMLP, NoRouter, Omitted, Trimmed
 from .modeling_cdmoe import CondensedModelMixin, condensed_model_class, silence_router_loss
-from .offload import in_memory, offload_like
+from .offload import in_memory, in_memory_copy, offload_like
 from .plan import CondensedLayer, CondensePlan
 from .registration import DEEPSEEK, register_deepseek
 from .sparse import GatedWeights, SparseBlock, UnsupportedModelError
@@ -60,7 +60,8 @@ modeling_cdmoe.state_of_offloaded = _state_of_offloaded
 def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> CondensedMLP:
     """The condensed form of a sparse block: one dense MLP of width `I_s + K * I`, in the block's dtype and place.
 
-    Gates (and the block's constant factors) are folded into the down projection in float32 and rounded once.
+    Gates (and the block's constant factors) are folded into the down projection, or into gate and up projection where
+    they multiply the experts' inputs, in float32 and rounded once; so are the maps around experts in a latent space.
 
     Args:
         block (`SparseBlock`): The sparse block; it is not changed.
@@ -70,8 +71,11 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
     shared = block.shared_weights()
     routed = block.expert_weights()
     parts = [] if shared is None else [(shared, block.shared_scale)]
-    parts += [(routed.of(e), gate) for e, gate in zip(experts, gates, strict=True)]
-    bias = routed.biased or (shared is not None and shared.biased)
+    for index, gate in zip(experts, gates, strict=True):
+        expert = block.expert(index)
+        parts.append((expert.of_scaled_inputs(gate), 1.0) if block.gates_inputs else (expert, gate))
+    bias = routed.biased or any(weights.biased for weights, _ in parts)
+    output_bias = block.output_bias()
     if shared is not None and shared.biased and block.shared_gate is not None:
         raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
     width = block.shared_intermediate_size + len(experts) * block.intermediate_size
@@ -83,6 +87,7 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
             shared_intermediate_size=block.shared_intermediate_size,
             shared_expert_gate=block.shared_gate is not None,
             bias=bias,
+            output_bias=output_bias is not None,
             gated_activation=block.activation,
             shared_gated_activation=_other_activation(block),
             returns_tuple=block.returns_tuple,
@@ -95,18 +100,25 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
             mlp.gate_proj.weight[rows] = weights.gate
         mlp.up_proj.weight[rows] = weights.up
         mlp.down_proj.weight[:, rows] = (weights.down.float() * factor).to(block.dtype)
-    if bias:
-        _fold_biases(mlp, parts)
+    if mlp.down_proj.bias is not None:
+        _fold_biases(mlp, parts, output_bias)
     if mlp.shared_expert_gate is not None and block.shared_gate is not None:
         mlp.shared_expert_gate.weight.copy_(block.shared_gate.weight)
+    if block.norm_name is not None and block.norm is not None:
+        mlp.keep_norm(block.norm_name, in_memory_copy(block.norm))
     return mlp.train(block.module.training)
 
 
-def _fold_biases(mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]]) -> None:
+def _fold_biases(
+    mlp: CondensedMLP, parts: Sequence[tuple[GatedWeights, float]], output_bias: torch.Tensor | None
+) -> None:
     """Each neuron keeps its biases; those of the down projections are added, gates and factors included."""
-    for projection in filter(None, (mlp.gate_proj, mlp.up_proj)):
-        projection.bias.zero_()
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        if projection is not None and projection.bias is not None:
+            projection.bias.zero_()
     total = torch.zeros_like(mlp.down_proj.bias, dtype=torch.float32)
+    if output_bias is not None:
+        total += output_bias.float()
     start = 0
     for weights, factor in parts:
         rows = slice(start, start := start + weights.gate.shape[0])
@@ -165,6 +177,8 @@ def _places(
     places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, mlp)]
     if block.shared_name is not None:
         places.append((parent, block.shared_name, Omitted() if shared is None else shared))
+    if block.router_name is not None and block.router is not None:
+        places.append((parent, block.router_name, block.router if mlp is block.module else NoRouter()))
     return places
 
 
@@ -173,12 +187,19 @@ def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
     place: dict[str, Any] = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
     if block.returns_tuple:
         place["returns_tuple"] = True
+    if block.router_name is not None:
+        place["router"] = block.router_name
     if not isinstance(mlp, CondensedMLP):
         return {**place, "form": "trim_layer"}
-    activations = {"gated_activation": block.activation, "shared_gated_activation": _other_activation(block)}
+    special = {
+        "gated_activation": block.activation,
+        "shared_gated_activation": _other_activation(block),
+        "norm": mlp.norm_name,
+        "output_bias": mlp.down_proj.bias is not None and mlp.up_proj.bias is None,
+    }
     return {
         **place,
-        **{name: spec for name, spec in activations.items() if spec},
+        **{name: spec for name, spec in special.items() if spec},
         "intermediate_size": mlp.intermediate_size,
         "shared_intermediate_size": mlp.shared_intermediate_size,
         "shared_expert_gate": mlp.shared_expert_gate is not None,
@@ -265,6 +286,18 @@ def refuse_condensed(model: PreTrainedModel) -> None:
         )
 
 
+def check_form(blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], form: str) -> None:
+    """Checks that the layers of a plan can take its form.
+
+    Raises:
+        UnsupportedModelError: naming a layer whose MLP can't be dropped.
+    """
+    chosen = {layer.layer for layer in layers}
+    for block in blocks:
+        if form == "trim_layer" and block.layer in chosen:
+            block.check_trimming()
+
+
 def apply_layers(
     model: PreTrainedModel,
     blocks: Sequence[SparseBlock],
@@ -282,6 +315,7 @@ def apply_layers(
         mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
     """
     by_layer = {block.layer: block for block in blocks}
+    check_form(blocks, layers, form)
 
     def made(chosen: CondensedLayer) -> tuple[SparseBlock, nn.Module]:
         block = by_layer[chosen.layer]

@@ -36,8 +36,20 @@ def _by_list(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
     return fields | prefix if prefix and hasattr(config, "first_k_dense_replace") else fields
 
 
+def _by_block_type(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    # The layers of a hybrid are of one kind each: attention, state space, experts, or a dense MLP.
+    kinds = config.layers_block_type
+    if any(kinds[i] not in ("moe", "mlp") for i in dense):
+        return None
+    return {"layers_block_type": ["mlp" if i in dense else kind for i, kind in enumerate(kinds)]}
+
+
 def _by_indices(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
     return {"mlp_only_layers": sorted(dense)}
+
+
+def _by_sparse_indices(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
+    return {"moe_layers": [i for i in range(total) if i not in dense]}
 
 
 def _by_prefix(name: str) -> Marker:
@@ -82,7 +94,9 @@ def _by_no_experts(config: Any, dense: Set[int], total: int) -> dict[str, Any] |
 
 MARKERS = (
     Marker(("mlp_layer_types",), "that any layers are dense", _by_list),
+    Marker(("layers_block_type",), "of layers of experts that they are dense", _by_block_type),
     Marker(("mlp_only_layers",), "that any layers are dense", _by_indices),
+    Marker(("moe_layers",), "that any layers are dense", _by_sparse_indices),
     Marker(
         ("first_k_dense_replace", "moe_layer_freq"),
         "that the first layers are dense, and of the others all but each n-th",

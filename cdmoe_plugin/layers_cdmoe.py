@@ -69,6 +69,7 @@ class CondensedMLP(nn.Module):
         shared_intermediate_size (`int`): How many of the neurons, from the first, are the shared expert's.
         shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
         bias (`bool`): Whether the three projections have biases.
+        output_bias (`bool`): Whether the down projection has one, also where the others have none.
         gated_activation (`Mapping`, *optional*): A "form" of `GATED_ACTIVATIONS` and its constants; "plain" by default.
             With "ungated", there is no gate projection.
         shared_gated_activation (`Mapping`, *optional*): That of the shared expert's neurons, where it is another one.
@@ -84,6 +85,7 @@ class CondensedMLP(nn.Module):
         shared_intermediate_size: int = 0,
         shared_expert_gate: bool = False,
         bias: bool = False,
+        output_bias: bool = False,
         gated_activation: Mapping[str, Any] | None = None,
         shared_gated_activation: Mapping[str, Any] | None = None,
         returns_tuple: bool = False,
@@ -98,24 +100,36 @@ class CondensedMLP(nn.Module):
         gated = self.gated_activation["form"] != "ungated"
         self.gate_proj = linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = linear(intermediate_size, hidden_size, bias=bias or output_bias)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         self.act_fn = ACT2FN[hidden_act]
         self.returns_tuple = returns_tuple
+        self.norm_name: str | None = None
 
-    def forward(self, hidden_states: torch.Tensor, **_of_router: Any) -> Any:
-        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple`.
+    def keep_norm(self, name: str, norm: nn.Module) -> None:
+        """Norms the output, as some base architectures do in their sparse blocks, under the name that it has there."""
+        self.add_module(name, norm)
+        self.norm_name = name
+
+    def forward(self, hidden_states: torch.Tensor, *_routing: Any, **_for_router: Any) -> Any:
+        """Maps `hidden_states` of shape `[..., H]` to the same shape and dtype; see `returns_tuple` and `NoRouter`.
 
         What decoder layers give only for a router to look at (the token ids, in deepseek_v4) is ignored.
         """
+        output = self.sum_of_experts(hidden_states)
+        if self.norm_name is not None:
+            output = getattr(self, self.norm_name)(output)
+        return (output, None) if self.returns_tuple else output
+
+    def sum_of_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output before any norm."""
         up = self.up_proj(hidden_states)
         inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
         if self.shared_expert_gate is not None:
             shared, routed = inner.tensor_split([self.shared_intermediate_size], dim=-1)
             shared = shared * torch.sigmoid(self.shared_expert_gate(hidden_states))
             inner = torch.cat([shared, routed], dim=-1)
-        output = self.down_proj(inner)
-        return (output, None) if self.returns_tuple else output
+        return self.down_proj(inner)
 
     def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.shared_gated_activation == self.gated_activation:
@@ -144,6 +158,13 @@ class Omitted(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros(())
+
+
+class NoRouter(nn.Module):
+    """Stands where a decoder layer asks a router before it calls its experts; a condensed MLP needs no answer."""
+
+    def forward(self, *_args: Any) -> tuple[None, None, None]:
+        return None, None, None
 
 
 class Trimmed(nn.Module):
@@ -176,9 +197,12 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
             parent_name, _, name = spec["module"].rpartition(".")
             parent = model.base_model.get_submodule(parent_name)
             children = {child for child, _ in parent.named_children()}
-            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"]]):
+            routers = [spec["router"]] if spec.get("router") is not None else []
+            if parent_name.rpartition(".")[2] != layer or not children.issuperset([name, *spec["omitted"], *routers]):
                 raise ValueError("it names modules that the layer does not have")
             replacement = _empty_replacement(model.config.get_text_config().hidden_size, spec)
+            if isinstance(replacement, CondensedMLP) and spec.get("norm") is not None:
+                replacement.keep_norm(spec["norm"], getattr(getattr(parent, name), spec["norm"]))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"`condense_config.condensed_layers` of this checkpoint's config.json can't be understood for decoder "
@@ -188,6 +212,8 @@ def install_condensed_layers(model: PreTrainedModel) -> None:
         setattr(parent, name, replacement)
         for other in spec["omitted"]:
             setattr(parent, other, Omitted())
+        for router in routers:
+            setattr(parent, router, NoRouter())
 
 
 def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
@@ -205,6 +231,7 @@ def _empty_replacement(hidden_size: int, spec: Mapping[str, Any]) -> nn.Module:
         shared_intermediate_size=spec["shared_intermediate_size"],
         shared_expert_gate=spec["shared_expert_gate"],
         bias=spec["bias"],
+        output_bias=spec.get("output_bias", False),
         gated_activation=spec.get("gated_activation"),
         shared_gated_activation=spec.get("shared_gated_activation"),
         returns_tuple=spec.get("returns_tuple", False),

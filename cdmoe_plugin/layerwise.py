@@ -6,7 +6,7 @@ Nothing here knows an architecture: a layer's arguments are those that the model
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .calibration import TokenBatch
 from .layer_form import HeadStep, learn_form, split_hidden
@@ -28,6 +28,17 @@ _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 # in a few architectures more: the token choice of a sparse attention that several layers share, or (last) what was
 # gathered of the inputs of layers so far.
 State = tuple[Any, ...]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that gives hidden states; a model that is a decoder itself.
+
+    That is the base model, but some give themselves for it (llama4_text), and the decoder is the one model in them.
+    """
+    base: Any = model.base_model
+    if base is not model:
+        return base
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 class LayerStream:
@@ -44,8 +55,8 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
         self.model = model
-        self.base: Any = model.base_model
-        self.layers: Any = self.base.get_submodule(layers_path)
+        self.base: Any = decoder_of(model)
+        self.layers: Any = model.base_model.get_submodule(layers_path)
         self.batches = list(batches)
         self._wide: list[HeadStep] | None = None
         self._joinable = True
@@ -241,6 +252,8 @@ class LayerStream:
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = split_hidden(args, kwargs)
+                # Layers run again and again; some models give them a cache to fill whatever they are asked for.
+                kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 if not first:
                     first.append((hidden,) if gathered is None else (hidden, gathered.of(args, kwargs)))
                 calls[index] = (args, kwargs) if gathered is None else gathered.put(None, args, kwargs)
@@ -256,6 +269,7 @@ class LayerStream:
 
     def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
         calls, state = self._capture(batch)
+        stores = [(n, v, len(v)) for _, kw in calls for n, v in kw.items() if isinstance(v, MutableMapping)]
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 with self.in_memory(layer):
@@ -263,6 +277,14 @@ class LayerStream:
                     self._joinable = self._joinable and self._joins(layer, before, state, call)
                 self._finite.append((layer, torch.isfinite(state[0]).all()))
         self.check_finite()
+        filled = [name for name, store, size in stores if len(store) != size]
+        shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)
+        # Several variants of a layer would write to one place. transformers 5.17 does it where no layer reads it, too.
+        if filled and shared:
+            raise UnsupportedModelError(
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer: some of its layers "
+                f"read what others leave in `{filled[0]}`. A plan can be applied."
+            )
         again = self.finish(state)
         if not bool(torch.isfinite(again).all()):
             raise ValueError(_not_finite("The output of the final norm"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .condensed import apply_layers, become_condensed, refuse_condensed, refuse_quantised
+from .condensed import apply_layers, become_condensed, check_form, refuse_condensed, refuse_quantised
 from .layer_files import CheckpointLayers, bring_from, load_but_layers
 from .plan import CondensePlan
 from .sparse import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks, shrink_experts
@@ -36,6 +36,7 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     sketch, blocks = sketch_model(path, model_kwargs)
     shape = model_shape(sketch, blocks)
     plan.check_fits(shape)
+    check_form(blocks, plan.layers, plan.form)
     kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
     counts = {block.layer: block.num_experts for block in blocks}
     model = _open(path, sketch, model_kwargs, kept, counts)

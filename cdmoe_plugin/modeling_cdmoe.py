@@ -155,7 +155,11 @@ class CondensedModelMixin(_Model):
             for spec in model.config.condense_config["condensed_layers"].values()
             for name in (
                 spec["module"],
-                *(f"{spec['module'].rpartition('.')[0]}.{other}" for other in spec["omitted"]),
+                *(
+                    f"{spec['module'].rpartition('.')[0]}.{other}"
+                    for other in (*spec["omitted"], spec.get("router"))
+                    if other is not None
+                ),
             )
         ]
         unused = sorted(str(key) for key in info.get("unexpected_keys", ()) if any(p in str(key) for p in places))
@@ -280,6 +284,9 @@ def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> di
         if spec["shared_expert_gate"]:
             inner, outer = "colwise_gather_output", "rowwise_split_input"
         place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
+        if spec.get("router") is not None:  # it stands where other layers have their experts: neither is split
+            plan = {name: how for name, how in plan.items() if not f"{name}.".startswith(f"{place}.")}
+            continue
         plan |= {f"{place}.gate_proj": inner, f"{place}.up_proj": inner, f"{place}.down_proj": outer}
     return plan
 

@@ -25,7 +25,7 @@ class LayerCall:
 
     Args:
         inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
-        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`.
+        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`; before the block's norm, if any.
         routing (`Routing`): What the router decided for the T tokens.
         tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to what is compared of the layer, float32.
         token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
@@ -94,11 +94,14 @@ class LayerRecorder:
             if self.block.shared_name and self.block.shared is not None:
                 stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
             routes = stack.enter_context(self.block.recording_routes())
+            sums = stack.enter_context(self.block.recording_norm_inputs())
             output = self.stream.run_layer(self.block.layer, state, batch)
         self.stream.check_finite()
         block_input, target = seen["block"]
-        target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
         valid = self.stream.valid(batch).to(target.device)
+        # Some blocks are given, or give, all sequences' tokens in a row.
+        block_input, target = (part.view(*valid.shape, -1) for part in (block_input, sums[0] if sums else target))
+        target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
         playback = _Playback(self, state, batch, before)
         routing = Routing(*(part.view(*valid.shape, -1)[valid] for part in routes[0]))
         call = LayerCall(
@@ -134,7 +137,7 @@ class _Playback:
         with ExitStack() as stack:
             for child in recorder.others:
                 outputs = iter(self.before[id(child)])
-                stack.enter_context(patched_forward(child, _play(outputs, child.forward)))
+                stack.enter_context(patched_forward(child, _play(outputs, _in_own_dtype(child))))
             stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: recorder.block.like_output(y)))
             if recorder.block.shared_name and recorder.block.shared is not None:
                 nothing = torch.zeros_like(y)
@@ -278,6 +281,22 @@ def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any
             return live(*args, **kwargs)
 
     return forward
+
+
+def _in_own_dtype(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward for float32, also where it multiplies by matrices in half precision (norms take any dtype)."""
+    forward = module.forward
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.ndim > 1), torch.float32)
+    if dtype == torch.float32:
+        return forward
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(_float, forward(*pytree.tree_map(cast, args), **pytree.tree_map(cast, kwargs)))
+
+    return run
 
 
 def _float(value: Any) -> Any:

@@ -20,7 +20,12 @@ from .layers_cdmoe import CondensedMLP, Trimmed
 from .sparse.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
 
 # Fields that may hold the width of dense MLPs.
-_WIDTH_FIELDS = ("dense_intermediate_size", "shared_intermediate_size", "intermediate_size")
+_WIDTH_FIELDS = (
+    "dense_intermediate_size",
+    "intermediate_size_mlp",
+    "shared_intermediate_size",
+    "intermediate_size",
+)
 # What a condensed config adds, or says of itself.
 _CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
 _ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
@@ -192,9 +197,11 @@ def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidat
     dense = {name: weights for name, module in found.items() if (weights := read_gated_mlp(module)) is not None}
     if len(found) != 1 or not dense:
         raise _Mismatch(f"{where} would have {[type(m).__name__ for m in found.values()]} instead of one dense MLP")
+    if isinstance(source, CondensedMLP) and source.norm_name is not None:
+        raise _Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
     name, weights = next(iter(dense.items()))
     own, given = sum(p.numel() for p in found[name].parameters()), _weights(source)
-    if own != sum(part.numel() for part in weights if part is not None):
+    if own != sum(part.numel() for part in (*weights.matrices, *weights[3:]) if part is not None):
         raise _Mismatch(f"{where} would have a {type(found[name]).__name__}, which is more than a gated MLP")
     if weights.gate.shape[0] != width:
         raise _Mismatch(f"the MLP of {where} would be {weights.gate.shape[0]} wide instead of {width}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .calibration import TokenBatch
 from .condensed import own_config
-from .layerwise import LayerStream, searching
+from .layerwise import LayerStream, decoder_of, searching
 from .modeling_cdmoe import silence_router_loss
 from .plan import CondensePlan
 from .sparse import SparseBlock, UnsupportedModelError, model_shape
@@ -114,7 +114,7 @@ def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
 
 def _check(model: PreTrainedModel, batch: TokenBatch, expected: Tensor, what: str) -> None:
     """Checks the last hidden state of a model on a batch, with a cache, too: some want a kind of layer that is gone."""
-    base: Any = model.base_model
+    base: Any = decoder_of(model)
     device = next(model.get_input_embeddings().parameters()).device
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     scale = float(expected.abs().max())

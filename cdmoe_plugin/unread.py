@@ -108,7 +108,12 @@ def _slices(handle: Any) -> list[tuple[str, Any]]:
 
 
 def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
-    """Whether a tensor on disk holds all experts: matrices `[N, a, b]`, or `[N*a, b]`, one on top of the other."""
+    """Whether a tensor on disk holds all experts: matrices `[N, a, b]`, or `[N*a, b]`, one on top of the other.
+
+    Convolutions have three dimensions, too, and an attention may be a mixture of experts itself (jetmoe).
+    """
+    if "attention" in key:
+        return False
     if len(shape) == 3:
         return shape[0] == count and "conv" not in key
     return len(shape) == 2 and _ALL_EXPERTS.search(key) is not None and shape[0] % count == 0

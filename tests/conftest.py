@@ -50,6 +50,8 @@ FOLDS: list[tuple[str, dict[str, Any]]] = [
     ("hy_v3", {"mlp_bias": True}),
     ("granitemoeshared", {"shared_width": 0}),
     ("qwen2_moe", {"hidden_act": "gelu"}),
+    ("nemotron_h", {"moe_latent_size": 24}),
+    ("nemotron_h", {"moe_latent_size": 24, "mlp_bias": True}),
 ]
 IDS = random_ids(3, 9)
 
@@ -143,16 +145,18 @@ def output(model: PreTrainedModel) -> Tensor:
     return (result.logits if "logits" in result else result.last_hidden_state)[inputs["attention_mask"].bool()]
 
 
-def uniform_sparse(model_type: str) -> PreTrainedModel:
+def uniform_sparse(model_type: str, **overrides: Any) -> PreTrainedModel:
     """A model whose routers give every expert the same constant weight, and choose all (also by token ids)."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
-    model = tiny_model(model_type, num_experts=count, top_k=count)
+    model = tiny_model(model_type, num_experts=count, top_k=count, **overrides)
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
             if name.endswith("tid2eid"):
                 tensor.copy_(torch.arange(count).expand_as(tensor))
+        if block.router is not None:  # gemma4's, of the decoder layer; a scale per expert stays
+            block.router.proj.weight.data.zero_()
     return model
 
 
@@ -222,8 +226,8 @@ def experts_read(reads: Reads, layer: int) -> list[int]:
     """Which of a layer's 8 routed experts have been read, once per tensor."""
     found = []
     for key, index, shape in reads:
-        is_expert = re.search(r"\.experts\.|block_sparse_moe\.(in|out)put_linear", key) and len(shape) > 1
-        if not is_expert or not in_layer(key, layer):
+        is_expert = re.search(r"\.experts\.|\.(block_sparse_moe|mlp)\.(in|out)put_linear", key) and len(shape) > 1
+        if not is_expert or not in_layer(key, layer) or ".self_attention.experts." in key:
             continue
         own = re.search(r"\.experts\.(\d+)\.", key)
         rows = list(range(shape[0])[index]) if isinstance(index, slice) else list(range(shape[0]))

@@ -23,12 +23,14 @@ EXACT: dict[str, tuple[list[int], ...]] = {
     **dict.fromkeys(["glm_moe_dsa", "hy_v3", "kimi_linear", "laguna", "beam", "mellum", "mimo_v2_flash"], ANY),
     **dict.fromkeys(["qwen3_moe", "deepseek_ocr2_text", "unlimited_ocr_text", "mistral_large4_text"], ANY),
     **dict.fromkeys(["qwen3_vl_moe_text", "qwen3_omni_moe_text", "minimax_m3_vl_text", "glm5_next_text"], ANY),
+    "llama4_text": ANY,
     **dict.fromkeys(["afmoe", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe"], PREFIX),
     **dict.fromkeys(["mistral4", "lfm2_moe", "glm4v_moe_text"], PREFIX),
     "deepseek": ([1], [2, 1], [1, 3], [1, 2, 3]),
     "ernie4_5_moe": ([1], [2], [3], [1, 3], [1, 2, 3]),
     "jamba": ([1, 3],),
     "granitemoehybrid": ([0, 1, 2, 3],),
+    "nemotron_h": ([1], [3], [5, 1], [1, 3, 5]),
 }
 GATED = ["qwen2_moe", "qwen3_next"]
 NEVER = [name for name in ARCHITECTURES if name not in EXACT and name not in GATED]

@@ -105,19 +105,26 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
         )
     if kind == "inkling2_text":
         return (softcapped_swiglu(config.mlp_gate_softcap, config.mlp_up_softcap),) * 2
+    if kind in ("gemma4_text", "diffusion_gemma_text"):
+        return (lambda gate, up: functional.gelu(gate, approximate="tanh") * up,) * 2
     act = getattr(functional, getattr(config, "hidden_act", None) or "silu")
     return (lambda gate, up: act(gate) * up,) * 2
 
 
 def naive_expert(block: nn.Module, expert: int, x: Tensor, glu: Glu = swiglu) -> Tensor:
     """`E_i(x)` from the raw weights, which a few architectures stack in their own way."""
-    experts = block.experts
+    if hasattr(block, "input_linear"):  # jetmoe: the projections are children of the block
+        gate, up = (x @ block.input_linear.weight[expert].T).chunk(2, -1)
+        return glu(gate, up) @ block.output_linear.weight[expert].T
+    experts = getattr(block, "experts", block)  # gemma4: they are the block
     if hasattr(experts, "mlp"):  # dbrx: one on top of the other
         width = experts.mlp.w1.shape[0] // experts.num_experts
         gate, up, down = (getattr(experts.mlp, w)[expert * width :][:width] for w in ("w1", "v1", "w2"))
         return glu(x @ gate.T, x @ up.T) @ down
-    if hasattr(experts, "up_proj"):  # nemotron: without gates
-        return functional.relu(x @ experts.up_proj[expert].T).square() @ experts.down_proj[expert].T
+    if hasattr(experts, "up_proj"):  # nemotron: without gates, and some in latent space
+        inner = functional.relu(block.fc1_latent_proj(x) @ experts.up_proj[expert].T).square()
+        y = inner @ experts.down_proj[expert].T
+        return y @ block.fc2_latent_proj.weight.T if hasattr(block.fc2_latent_proj, "weight") else y
     gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
     if gate_up.shape[0] == x.shape[-1] and down.shape[1] == x.shape[-1]:  # aria, gpt_oss: transposed
         gate_up, down = gate_up.T, down.T
@@ -148,6 +155,36 @@ def naive_shared(block: nn.Module, owner: nn.Module, x: Tensor, glu: Glu = swigl
     return y * torch.sigmoid(block.shared_expert_gate(x)) if hasattr(block, "shared_expert_gate") else y
 
 
+def naive_bias(block: nn.Module) -> Tensor | float:
+    """What a block adds to its output for every token: jetmoe's bias, nemotron's of the map back from latent space."""
+    bias = getattr(getattr(block, "fc2_latent_proj", block), "bias", None)
+    return 0.0 if bias is None else bias
+
+
+def naive_gated_expert(block: nn.Module, expert: int, gate: float, x: Tensor, glu: Glu = swiglu) -> Tensor:
+    """`g E_i(x)`, or `E_i(g x)` where the block does that."""
+    if type(block).__name__ == "Llama4TextMoe":
+        return naive_expert(block, expert, gate * x, glu)
+    return gate * naive_expert(block, expert, x, glu)
+
+
+def naive_own_route(block: nn.Module, x: Tensor) -> list[tuple[int, float]] | None:
+    """One token's experts and weights in blocks that do not call a module with these; None for all others."""
+    kind = type(block).__name__
+    if kind not in ("JetMoeMoE", "Llama4TextMoe"):
+        return None
+    router = block.router.layer if kind == "JetMoeMoE" else block.router
+    values, experts = (router.weight @ x).topk(block.router.top_k)
+    weights = values.softmax(0) if kind == "JetMoeMoE" else values.sigmoid()
+    return list(zip(experts.tolist(), weights.tolist(), strict=True))
+
+
+def naive_norm(block: nn.Module, y: Tensor) -> Tensor:
+    """axk1 norms the sum of shared and routed experts in its block."""
+    norm = getattr(block, "post_mlp_layernorm", None)
+    return y if norm is None else norm.weight * y / (y.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+
 def naive_block(
     x: Tensor,
     block: nn.Module,
@@ -157,11 +194,11 @@ def naive_block(
     shared_glu: Glu = swiglu,
     **_of_router: Any,
 ) -> Tensor:
-    """`shared + sum g_i E_i` for every token."""
-    y = naive_shared(block, owner, x, shared_glu)
+    """`shared + sum g_i E_i` for every token, normed where the block does that."""
+    y = naive_shared(block, owner, x, shared_glu) + naive_bias(block)
     for expert, gate in zip(*choice, strict=True):
-        y = y + gate * naive_expert(block, expert, x, glu)
-    return y
+        y = y + naive_gated_expert(block, expert, gate, x, glu)
+    return naive_norm(block, y)
 
 
 # --- the model ---
@@ -177,13 +214,25 @@ def naive_double(model: PreTrainedModel) -> PreTrainedModel:
     return double
 
 
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """Llama4ForCausalLM gives itself for its base model."""
+    return model.model if type(model).__name__ == "Llama4ForCausalLM" else model.base_model
+
+
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    return getattr(model.base_model, "layers", None) or model.base_model.blocks
+    return getattr(decoder(model), "layers", None) or decoder(model).blocks
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Jetmoe's attention has experts, too; those of its block are no module of their own. Gemma4's are the block."""
+    if type(module).__name__ == "Gemma4TextExperts":
+        return True
+    return hasattr(module, "input_linear" if type(module).__name__.startswith("JetMoe") else "experts")
 
 
 def sparse_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
     layers = enumerate(layers_of(model))
-    return {index: child for index, layer in layers for child in layer.children() if hasattr(child, "experts")}
+    return {index: child for index, layer in layers for child in layer.children() if is_sparse(child)}
 
 
 @contextmanager
@@ -192,9 +241,9 @@ def condensed(model: PreTrainedModel, choices: dict[int, Choice]) -> Iterator[No
     blocks = {index: block for index, block in sparse_blocks(model).items() if index in choices}
     for index, block in blocks.items():
         glu, shared_glu = naive_glus(model.config, index)
-        block.forward = partial(
-            naive_block, block=block, owner=block, choice=choices[index], glu=glu, shared_glu=shared_glu
-        )
+        forward = partial(naive_block, block=block, owner=block, choice=choices[index], glu=glu, shared_glu=shared_glu)
+        returns_scores = type(block).__name__ == "Llama4TextMoe"
+        block.forward = lambda x, *_, f=forward, t=returns_scores, **__: (f(x), None) if t else f(x)
     try:
         yield
     finally:
@@ -217,7 +266,7 @@ def run(model: PreTrainedModel, sequences: Sequence[Ids], what: int | str) -> li
 
     Several residual streams of a layer lie side by side.
     """
-    modules = {"hidden": model.base_model, "logits": model.get_output_embeddings()}
+    modules = {"hidden": decoder(model), "logits": model.get_output_embeddings()}
     seen = watch(model, sequences, modules[what] if what in modules else layers_of(model)[what])
     return [y.flatten(1) for _, y in seen]
 

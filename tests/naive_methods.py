@@ -37,7 +37,9 @@ def order_of(scores: Scores, highest: bool = False) -> list[int]:
 
 
 def matrices(block: nn.Module, expert: int) -> list[Tensor]:
-    """Gate, up and down of one expert."""
+    """Gate, up and down of one expert; up and down where there are no gates."""
+    if hasattr(block.experts, "up_proj"):
+        return [block.experts.up_proj[expert], block.experts.down_proj[expert]]
     gate_up, down = block.experts.gate_up_proj[expert], block.experts.down_proj[expert]
     half = len(gate_up) // 2
     return [gate_up[:half], gate_up[half:], down]
@@ -46,7 +48,7 @@ def matrices(block: nn.Module, expert: int) -> list[Tensor]:
 def naive_l1(double: PreTrainedModel, _sequences: Sequence[Ids], layer: int) -> Scores:
     block = sparse_blocks(double)[layer]
     parts = {expert: matrices(block, expert) for expert in range(len(block.experts.down_proj))}
-    return {e: sum(abs(v) for m in three for v in m.flatten().tolist()) for e, three in parts.items()}
+    return {e: sum(abs(v) for m in own for v in m.flatten().tolist()) for e, own in parts.items()}
 
 
 def naive_alpha(matrix: Tensor) -> float:
@@ -61,7 +63,8 @@ def naive_alpha(matrix: Tensor) -> float:
 
 def naive_pl_alpha_hill(double: PreTrainedModel, _sequences: Sequence[Ids], layer: int) -> Scores:
     block = sparse_blocks(double)[layer]
-    return {e: sum(map(naive_alpha, matrices(block, e))) / 3 for e in range(len(block.experts.down_proj))}
+    parts = {expert: matrices(block, expert) for expert in range(len(block.experts.down_proj))}
+    return {e: sum(map(naive_alpha, own)) / len(own) for e, own in parts.items()}
 
 
 @torch.no_grad()

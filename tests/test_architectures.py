@@ -28,15 +28,19 @@ from cdmoe_plugin import (
     condensed_module_names,
     search_plan,
 )
+from cdmoe_plugin.budget import LayerBudget
+from cdmoe_plugin.condensed import fold
 from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
 from cdmoe_plugin.sparse import block as block_room
 
-from .conftest import IDS, SEARCHABLE, TYPES, output, uniform_sparse
-from .naive import naive_expert, naive_glus, naive_shared
+from .conftest import IDS, SEARCHABLE, TYPES, differing, output, state, uniform_sparse
+from .naive import naive_bias, naive_gated_expert, naive_glus, naive_norm, naive_own_route, naive_shared
 from .tiny_models import ARCHITECTURES, REFUSED, available, random_ids, tiny_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TABLE_VERSION = "5.23"
+# Experts that work in another space than the hidden states, with and without biases of the maps there and back.
+LATENT = [("nemotron_h", {"moe_latent_size": 24}), ("nemotron_h", {"moe_latent_size": 32, "mlp_bias": True})]
 # What a block multiplies its routed sum with, by its config.
 FACTORS: dict[str, Callable[[Any], float]] = {
     "beam": lambda c: c.routed_scaling_factor,
@@ -48,11 +52,11 @@ FACTORS: dict[str, Callable[[Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in TYPES), *LATENT])
 @torch.no_grad()
-def test_block_with_its_own_routing(model_type: str) -> None:
+def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) -> None:
     """A block's output, what the package says that it is, and the sum token by token from raw weights in float64."""
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **overrides)
     double = copy.deepcopy(model).double().base_model
     factor = FACTORS.get(model_type, lambda c: 1.0)(model.config)
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
@@ -64,22 +68,28 @@ def test_block_with_its_own_routing(model_type: str) -> None:
             lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
         )
         with block.recording_routes() as routes:
-            output = hidden_of(block.run(x))
+            output = hidden_of(block.calls.block(x))
         handle.remove()
         output = output.view(7, 32)
         if block.shared_name is not None and block.shared is not None:
             output = output + block.shared(x)[0]
 
-        _, index, weights = calls[0]
-        index, weights = (weights, index) if index.is_floating_point() else (index, weights)
-        plain = naive_shared(raw, owner, x[0].double(), shared_glu)
-        for token in range(7):
-            for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
-                plain[token] += factor * weight * naive_expert(raw, expert, x[0, token].double(), glu)
-        torch.testing.assert_close(output.double(), plain, rtol=1e-4, atol=1e-5)
+        own = [naive_own_route(raw, token.double()) for token in x[0]]
+        if None in own:
+            _, index, weights = calls[0]
+            index, weights = (weights, index) if index.is_floating_point() else (index, weights)
+            own = [list(zip(i.tolist(), w.tolist(), strict=True)) for i, w in zip(index, weights, strict=True)]
+        plain = naive_shared(raw, owner, x[0].double(), shared_glu) + naive_bias(raw)
+        for token, choice in enumerate(own):
+            for expert, weight in choice:  # a table of token ids may name one twice
+                plain[token] += naive_gated_expert(raw, expert, factor * weight, x[0, token].double(), glu)
+        torch.testing.assert_close(output.double(), naive_norm(raw, plain), rtol=1e-4, atol=1e-5)
 
-        outputs = block.expert_outputs(x[0])[routes[0].experts.T, torch.arange(7)]  # [k, T, H]
-        seen = block.shared_output(x[0]) + (outputs * routes[0].weights.T[..., None]).sum(0)
+        seen = block.shared_output(x[0])
+        for token, (chosen, gates) in enumerate(zip(*routes[0], strict=True)):
+            into = gates if block.gates_inputs else None
+            outputs = block.expert_outputs(x[0, token : token + 1], chosen.tolist(), into)[:, 0]
+            seen[token] += (outputs * (1 if block.gates_inputs else gates[:, None])).sum(0)
         torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -138,18 +148,77 @@ def test_a_block_that_asks_for_more_is_refused() -> None:
         find_sparse_blocks(model)
 
 
-def test_experts_in_latent_space_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="work on 16 features, not on the hidden size 32"):
-        find_sparse_blocks(tiny_model("nemotron_h", moe_latent_size=16))
+@pytest.mark.parametrize("overrides", [overrides for _, overrides in LATENT])
+def test_experts_in_latent_space(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """As test_condensed.py and the test above do for every model type: uniform routers, saving, opening from disk."""
+    model = uniform_sparse("nemotron_h", **overrides)
+    before = output(model)
+    model.save_pretrained(tmp_path / "sparse")
+    plan = search_plan(model, CondenseConfig(num_layers=3, num_experts=4), calibration=IDS)
+    assert all(abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0] for row in plan.layers)
+    apply_plan(model, plan)
+    assert (output(model) - before).abs().max() < 1e-5 * before.abs().max()
+    model.save_pretrained(tmp_path / "condensed")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "condensed")), output(model))
+    read = condense_pretrained(tmp_path / "sparse", plan=plan)
+    assert not differing(state(read), state(model))
+
+
+def test_cost_of_experts_in_latent_space() -> None:
+    """What a budget counts is what a kept expert adds to the condensed layer: matrices of the hidden size."""
+    model = tiny_model("nemotron_h", moe_latent_size=24, dtype=torch.bfloat16)
+    config = CondenseConfig(layers=[1], num_experts="auto", expert_budget="1KB")
+    budget = LayerBudget.of(config, find_sparse_blocks(model))
+    assert budget is not None
+    assert budget.costs == {1: 2 * 16 * 32 * 2}
+    mlps = [fold(find_sparse_blocks(model)[0], list(range(k)), [1.0] * k) for k in (0, 1)]
+    sizes = [sum(p.numel() * p.element_size() for p in mlp.parameters()) for mlp in mlps]
+    assert sizes[1] - sizes[0] == budget.costs[1]
+
+
+def test_experts_of_the_decoder_layer_are_not_split_over_processes() -> None:
+    """Condensed MLPs stand where other layers have experts, for which the base's plan has other ways of splitting."""
+    model = tiny_model("gemma4_text")
+    before = type(model.config).base_model_tp_plan
+    plan = apply_plan(model, CondensePlan([CondensedLayer(2, [1], [0.5])])).config.base_model_tp_plan
+    assert plan == {name: how for name, how in before.items() if not name.startswith("layers.*.experts")}
+    assert plan != before
+
+
+def test_layers_that_read_what_others_leave() -> None:
+    model = tiny_model("gemma4_text", num_kv_shared_layers=2, layer_types=("full_attention",))
+    with pytest.raises(UnsupportedModelError, match=r"'gemma4_text' can't be searched.*leave in `shared_kv_states`"):
+        search_plan(model, CondenseConfig(num_layers=1, num_experts=1), calibration=IDS)
+    assert output(apply_plan(model, CondensePlan([CondensedLayer(2, [1], [0.5])]))).isfinite().all()
+
+
+def test_a_mixture_of_attentions_is_left_alone() -> None:
+    model = tiny_model("jetmoe")
+    before = {name: tensor for name, tensor in state(model).items() if ".self_attention." in name}
+    assert [block.path for block in find_sparse_blocks(model)] == [f"layers.{i}.mlp" for i in range(4)]
+    condensed = apply_plan(model, CondensePlan([CondensedLayer(i, [2], [0.5]) for i in range(4)]))
+    assert any(".experts.input_linear" in name for name in before)
+    assert not differing(before, {name: tensor for name, tensor in state(condensed).items() if name in before})
+    assert not [name for name in state(condensed) if ".mlp.router." in name]
+
+
+def test_experts_that_see_something_else_are_refused() -> None:
+    model = tiny_model("nemotron_h", moe_latent_size=16)
+    model.model.layers[1].mixer.experts.register_forward_pre_hook(lambda _, args: (args[0].tanh(), *args[1:]))
+    with pytest.raises(UnsupportedModelError, match="its experts are given something else"):
+        find_sparse_blocks(model)
 
 
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])
 @pytest.mark.parametrize(
     "model_type",
-    ["gpt_oss", "nemotron_h", *filter(available, ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text"))],
+    [
+        *("axk1", "gpt_oss", "jetmoe", "llama4_text", "nemotron_h"),
+        *filter(available, ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text")),
+    ],
 )
 def test_refit(model_type: str, refit: str) -> None:
-    """What is fitted is the MLP that stands in the layer: biases, bounds, router scores, several residual streams."""
+    """What is fitted is the MLP that stands in the layer: biases, bounds, norms, router scores, residual streams."""
     sequences = random_ids(20, 24)
     config = CondenseConfig(layers=[1, 3], num_experts=2, refit=refit, refit_steps=30)
     model = condense_pretrained(tiny_model(model_type), config, calibration=sequences)
@@ -158,10 +227,11 @@ def test_refit(model_type: str, refit: str) -> None:
     assert any(after < before for before, after in errors.values())
 
 
+@pytest.mark.parametrize(("model_type", "block"), [("gpt_oss", "mlp"), ("llama4_text", "feed_forward")])
 @torch.no_grad()
-def test_a_layer_whose_block_returned_scores_is_trimmed(tmp_path: Path) -> None:
-    model = tiny_model("gpt_oss")
-    with patched_forward(model.model.layers[1].mlp, lambda x: (torch.zeros_like(x), None)):
+def test_a_layer_whose_block_returned_scores_is_trimmed(model_type: str, block: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    with patched_forward(getattr(model.model.layers[1], block), lambda x: (torch.zeros_like(x), None)):
         expected = output(model)
     plan = search_plan(model, CondenseConfig(layers=[1], form="trim_layer"), calibration=IDS)
     apply_plan(model, plan).save_pretrained(tmp_path)

@@ -31,6 +31,7 @@ from .trimming import by_hand, first_output, trim_plan
 # Layers of beam and inkling2 read what layers at fixed places leave; jamba's attention comes at fixed places.
 REFUSED = {"beam": "residual_add_idx", "inkling2_text": "is_block_boundary"}
 REFUSED["jamba"] = "JambaAttentionDecoderLayer instead of JambaMambaDecoderLayer"
+REFUSED["gemma4_text"] = "embed_tokens_per_layer would have the weights"  # one embedding for all layers
 SAVED = ["qwen2_moe", "mixtral", "glm4_moe", "qwen3_moe", "granitemoeshared", "deepseek_v3"]
 SAVED += ["qwen3_next", "granitemoe_swa", "laguna", "dots3_note_text"]
 

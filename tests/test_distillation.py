@@ -39,7 +39,7 @@ def measure(distillation: Distillation, model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("model_type", [*TYPES, "granitemoe"])
+@pytest.mark.parametrize("model_type", [*TYPES, "gemma4_text", "granitemoe", "llama4_text"])
 def test_logits_of_the_sparse_model(model_type: str, temperature: float) -> None:
     sparse, student, blocks = pair(model_type, [1, 3])
     if model_type == "granitemoe":  # divides its logits by a constant, after the head
@@ -54,6 +54,13 @@ def test_logits_of_the_sparse_model(model_type: str, temperature: float) -> None
     expected = temperature**2 * (p * (p.log() - q.log())).sum()
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
     assert float(expected) > 1e-4
+
+
+def test_outputs_that_do_not_follow_from_inputs() -> None:
+    """Gemma4's routers see something else than its experts."""
+    _, student, blocks = pair("gemma4_text", [1, 3])
+    with pytest.raises(ValueError, match="routers of their own"):
+        Distillation(student, blocks, "blocks")
 
 
 @pytest.mark.parametrize("model_type", [*TYPES, *filter(available, ["deepseek_v4"])])

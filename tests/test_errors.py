@@ -21,13 +21,12 @@ SMALL = CondenseConfig(num_layers=1, num_experts=1)
 NAN, INF = float("nan"), float("inf")
 # What the refusal says of the architectures in REFUSED.
 REASONS = {
-    "does more than add shared and routed experts": "axk1",
-    "returns more than hidden states": "zaya",
-    "not gated MLPs with stacked weights": "inkling_text jetmoe",
-    "shapes of its expert weights": "llama4_text longcat_flash",
+    "returns more than hidden states, and takes `prev_router_hidden_states` from the layer before": "zaya",
+    "its shared experts are weighted per token by the router": "inkling_text",
+    "2 of the 10 experts .* have no weights and add the token itself": "longcat_flash",
     "normalises the output of every expert": "muse_spark_text",
-    "not in a block of their own": "gemma4_text diffusion_gemma_text ernie4_5_vl_moe_text",
-    "'num_experts': 16.* not supported": "doge",
+    "several sets of experts .*, of which `moe_mm_token_type_ids` chooses": "ernie4_5_vl_moe_text",
+    r"single neurons, looked up in tables \(down_embed, up_embed\)": "doge",
 }
 CONFIG_ERRORS = [(name, v) for name in ("num_layers", "num_experts", "batch_size") for v in (-1, True, "2", 2.0, None)]
 CONFIG_ERRORS += [("num_layers", 0), ("num_samples", 0), ("max_length", 1), ("seed", -1), ("metric", 3)]
@@ -127,7 +126,7 @@ def test_unsupported_architecture(model_type: str) -> None:
         pytest.skip("not in this transformers")
     refused, first = tiny_model(model_type), REFUSED[model_type].sparse_layers[0]
     reason = next(reason for reason, names in REASONS.items() if model_type in names.split())
-    where = "" if model_type == "doge" or "block of their own" in reason else f"decoder layer {first} .*"
+    where = "" if model_type == "doge" else f"decoder layer {first} .*"
     words = f"(?s)model type '{refused.config.model_type}'.*{where}{reason}"
     refused_by_all(words, refused, first, UnsupportedModelError)
 
@@ -141,12 +140,18 @@ def test_dense_and_condensed_models(tmp_path: Path) -> None:
     for words, model in {
         "is dense": dense,
         "condensed already": condensed,
-        "stacked weights": tiny_model("jetmoe"),
+        "have no weights": tiny_model("longcat_flash"),
     }.items():
         model.config.save_pretrained(tmp_path)
         refused_by_all(words, tmp_path)
-    tiny_model("axk1").save_pretrained(tmp_path)
-    refused_by_all("does more than add", tmp_path)
+    tiny_model("zaya").save_pretrained(tmp_path)
+    refused_by_all("returns more than hidden states", tmp_path)
+
+
+def test_blocks_that_do_more_than_add() -> None:
+    model = tiny_model("qwen2_moe")
+    model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, output: output.tanh())  # of its kind, it is probed
+    refused_by_all("does more than add shared and routed experts", model)
 
 
 def test_quantised(folder: Path, tmp_path: Path) -> None:

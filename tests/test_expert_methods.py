@@ -16,7 +16,7 @@ from cdmoe_plugin.selection.spectrum import pl_alpha_hill
 
 from . import naive
 from .conftest import build
-from .naive_methods import naive_alpha, naive_expert_order, naive_own_divergences
+from .naive_methods import naive_alpha, naive_expert_order, naive_own_divergences, order_of
 from .tiny_models import random_ids, tiny_model
 
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
@@ -67,8 +67,9 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=1e-12)
 
 
-# Layers that norm what their block gives, mix it into several streams, or own the shared expert; other weight layouts.
-@pytest.mark.parametrize("model_type", ["afmoe", "dbrx", "granitemoeshared", "qwen4_exp_text"])
+# Layers that norm what their block gives, mix it into several streams, or own the shared expert; blocks that norm their
+# own sum or multiply what their experts are given; other weight layouts.
+@pytest.mark.parametrize("model_type", ["afmoe", "axk1", "dbrx", "granitemoeshared", "llama4_text", "qwen4_exp_text"])
 @pytest.mark.parametrize("method", ["reap", "d_optimal", "pl_alpha_hill"])
 def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> None:
     model = tiny_model(model_type, num_experts=4)
@@ -77,6 +78,47 @@ def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> N
         choice = (row.experts, row.gates)
         scores = naive_own_divergences(model, SEQUENCES[:3], "js", row.layer, choice)
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("method", ["l1", "pl_alpha_hill"])
+def test_experts_without_gates_have_two_matrices(method: str) -> None:
+    """Their up projections count once; the order would be another one with these counted twice."""
+    model = tiny_model("nemotron_h", num_experts=6, top_k=6)
+    generator = torch.Generator().manual_seed(1)
+    score = {"l1": lambda matrix: float(matrix.abs().sum()), "pl_alpha_hill": naive_alpha}[method]
+    doubled = {}
+    for layer in (1, 3, 5):
+        experts = model.model.layers[layer].mixer.experts
+        for expert in (*experts.up_proj.data, *experts.down_proj.data):
+            u, s, v = torch.linalg.svd(expert, full_matrices=False)
+            size, power = torch.rand(2, generator=generator) + 0.5
+            expert.copy_(size * (u * s**power) @ v)
+        pairs = enumerate(zip(experts.up_proj.data, experts.down_proj.data, strict=True))
+        doubled[layer] = order_of({i: 2 * score(up) + score(down) for i, (up, down) in pairs})
+    config = CondenseConfig(num_layers=3, num_experts=6, expert_selection=method)
+    rows = search_plan(model, config, calibration=SEQUENCES[:1]).layers
+    for row in rows:
+        gates = dict(zip(row.experts, row.gates, strict=True))
+        assert row.experts == naive_expert_order(model, SEQUENCES, method, row.layer, gates, 6)
+    assert {row.layer: row.experts for row in rows} != doubled
+
+
+def test_reap_where_gates_multiply_inputs() -> None:
+    """The saliency is the mean norm of what an expert really added."""
+    model = tiny_model("llama4_text", num_experts=5, top_k=5)
+    config = CondenseConfig(num_layers=3, num_experts=5, expert_selection="reap")
+    rows = {row.layer: row.experts for row in search_plan(model, config, calibration=SEQUENCES).layers}
+    double, plain = naive.naive_double(model), {}
+    for layer, block in naive.sparse_blocks(double).items():
+        added = torch.zeros(2, 5, dtype=torch.float64)
+        for inputs, _ in naive.watch(double, SEQUENCES, block):
+            for x in inputs:
+                for expert, gate in (naive.naive_own_route(block, x) or {}).items():
+                    added[0, expert] += naive.naive_expert(block, expert, gate * x).norm().item()
+                    added[1, expert] += gate * naive.naive_expert(block, expert, x).norm().item()
+        expected, plain[layer] = (order_of(dict(enumerate(sums.tolist())), highest=True) for sums in added)
+        assert rows[layer] == expected
+    assert plain != rows  # what gates on outputs would give
 
 
 def test_an_expert_that_no_token_chose_is_never_kept() -> None:

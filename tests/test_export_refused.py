@@ -46,6 +46,7 @@ def test_no_dense_layers(model_type: str, tmp_path: Path) -> None:
         ("lfm2_moe", [3], r"`num_dense_layers` .* the first layers are dense"),
         ("granitemoehybrid", [0, 1], r"`num_local_experts` .* all layers .* \[2, 3\] would have to be"),
         ("axk2", [1], "layers.1.post_attention_layernorm would be AXK2RMSNorm instead of AXK2GatedRMSNorm"),
+        ("axk1", [2], "the dense MLP of decoder layer 2 would have no post_mlp_layernorm"),
         ("mixtral", [1], "has no field that says that a layer is dense"),
         ("granitemoeshared", [0, 1, 2, 3], "instead of one dense MLP"),
         ("qwen2_moe", [1, 3], r"layers \[1, 3\] scale their shared expert by a gate per token.* `approximate=True`"),

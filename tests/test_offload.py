@@ -66,8 +66,9 @@ def assert_same_weights(one: PreTrainedModel, other: PreTrainedModel, folder: Pa
 # Experts on disk one by one (deepseek, mixtral) or stacked (granite), a shared expert of the layer (granitemoeshared),
 # layers of several kinds (jamba), experts whose weights another module reads (dbrx), buffers that have another name on
 # disk (hy_v3), several residual streams (hy_v4, deepseek_v4), weights of layers that are not with these on disk
-# (inkling2_text).
+# (inkling2_text), a norm that condensed layers keep (axk1), and experts and router of the layer itself (gemma4_text).
 ARCHS = ["qwen2_moe", "granitemoeshared", "mixtral", "jamba", "dbrx", "hy_v3", "hy_v4", "deepseek_v4", "inkling2_text"]
+ARCHS += ["axk1", "gemma4_text"]
 
 
 @pytest.mark.parametrize("arch", ["deepseek", *filter(available, ARCHS)])

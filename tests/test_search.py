@@ -88,23 +88,29 @@ def test_other_outputs_and_metrics(model_type: str, norm: bool, metric: str, com
 
 
 # Layers that scale or norm what their block gives, mix it into several streams, own the shared expert, or read from the
-# inputs of layers before.
+# inputs of layers before; blocks that norm their own sum, add a bias, multiply what their experts are given, or are but
+# a part of the layer's MLP.
 OTHER_LAYERS = ("afmoe", "beam", "dbrx", "flex_olmo", "granitemoeshared", "kolibri1", "minimax", "qwen4_exp_text")
 OTHER_LAYERS += ("deepseek_v4", "glm5_next_text", "hy_v4", "inkling2_text")
+OTHER_BLOCKS = ("axk1", "gemma4_text", "jetmoe", "llama4_text")
 
 
-@pytest.mark.parametrize("model_type", list(filter(available, OTHER_LAYERS)))
-def test_layers_that_do_more_with_their_block(model_type: str, record: Record) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "metric"),
+    [*((name, "js") for name in filter(available, (*OTHER_LAYERS, *OTHER_BLOCKS))), ("llama4_text", "mse")],
+)
+def test_layers_that_do_more_with_their_block(model_type: str, metric: str, record: Record) -> None:
     model = tiny_model(model_type, num_experts=4)
-    plan = search_plan(model, replace(SEARCH, num_layers=2, num_experts=2), calibration=SEQUENCES[:3])
+    config = replace(SEARCH, num_layers=2, num_experts=2, metric=metric)
+    plan = search_plan(model, config, calibration=SEQUENCES[:3])
     gates = {layer: dict(enumerate(found.tolist())) for layer, found in record.gates.items()}
-    experts = naive.naive_expert_search(model, SEQUENCES[:3], gates, 2, "js")
+    experts = naive.naive_expert_search(model, SEQUENCES[:3], gates, 2, metric)
     atol = 1e-8 if model_type == "inkling2_text" else 0  # parts of it compute in float32, in the reference too
     for layer, search in experts.items():
         assert record.experts[layer].scores == pytest.approx(search.scores, rel=1e-4, abs=atol)
         same_steps(record.experts[layer].steps, search.steps, atol)
     choices = {layer: (search.order, [gates[layer][e] for e in search.order]) for layer, search in experts.items()}
-    layers = naive.naive_layer_search(model, SEQUENCES[:3], choices, 2, "js", "hidden")
+    layers = naive.naive_layer_search(model, SEQUENCES[:3], choices, 2, metric, "hidden")
     same_steps(record.layers[0].rounds, layers.steps, atol)
     assert [row.layer for row in plan.layers] == layers.order
 

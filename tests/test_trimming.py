@@ -26,7 +26,7 @@ from cdmoe_plugin import (
 )
 from cdmoe_plugin.report import dry_run, plan_table
 from cdmoe_plugin.selection import layers as layer_selection
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.sparse import UnsupportedModelError, find_sparse_blocks
 
 from .conftest import IDS, SEARCHABLE, Reads, build, differing, experts_read, sparse_model, state, state_of
 from .naive import sparse_blocks
@@ -181,7 +181,11 @@ def test_a_trimming_must_fit() -> None:
 # --- models without some MLPs ---
 
 
-@pytest.mark.parametrize("model_type", [*SEARCHABLE, "deepseek"])
+# A dense MLP beside the experts would stay.
+PARTS = ("gemma4_text", "diffusion_gemma_text")
+
+
+@pytest.mark.parametrize("model_type", [*(name for name in SEARCHABLE if name not in PARTS), "deepseek"])
 def test_without_mlps(model_type: str) -> None:
     model = sparse_model(model_type)
     layers = [block.layer for block in find_sparse_blocks(model)][-1:0:-1]
@@ -190,6 +194,18 @@ def test_without_mlps(model_type: str) -> None:
     found = apply_plan(model, trim_plan("trim_layer", layers))
     assert type(found).__name__.startswith("CDMoE")
     torch.testing.assert_close(first_output(found, IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_are_a_part_of_the_mlp(tmp_path: Path) -> None:
+    model, words = tiny_model("gemma4_text"), "experts of decoder layer 1 are but a part of its MLP"
+    model.save_pretrained(tmp_path)
+    before = state(model)
+    for one in (model, tmp_path):
+        with pytest.raises(UnsupportedModelError, match=words):
+            condense_pretrained(one, CondenseConfig(layers=[1], form="trim_layer"), calibration=IDS)
+        with pytest.raises(UnsupportedModelError, match=words):
+            condense_pretrained(one, plan=trim_plan("trim_layer", [1]))
+    assert not differing(before, state(model))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "granitemoeshared", "deepseek", "mixtral"])

@@ -163,6 +163,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     # one block adds routed and shared experts
     "afmoe": _arch("AfmoeForCausalLM", "shared"),
     "aria_text": _arch("AriaTextForCausalLM", "shared", ALL),
+    "axk1": _arch("AXK1ForCausalLM", "shared", **MLA),
     "axk2": _arch("AXK2ForCausalLM", "shared", gated_norm_rank=4, **MLA),
     "bailing_hybrid": _arch("BailingHybridForCausalLM", "shared", groups=2, layer_group_size=2, **MLA),
     "cohere2_moe": _arch("Cohere2MoeForCausalLM", "shared", num_shared_experts=1, logit_scale=1.0),
@@ -183,6 +184,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "kolibri1": _arch("Kolibri1ForCausalLM", "shared", ALL),
     "laguna": _arch("LagunaForCausalLM", "shared"),
     "mistral4": _arch("Mistral4ForCausalLM", "shared", **MLA),
+    "llama4_text": _arch("Llama4ForCausalLM", "shared", FIRST_DENSE, "feed_forward"),
     "nemotron_h": _arch("NemotronHForCausalLM", "shared", (1, 3, 5), "mixer", **NEMOTRON),
     "solar_open": _arch("SolarOpenForCausalLM", "shared", ALL),
     "hy_v4": _arch("HYV4ForCausalLM", "shared", swiglu_limit=0.3, **MLA),
@@ -203,6 +205,7 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "flex_olmo": _arch("FlexOlmoForCausalLM", "none", ALL),
     "granitemoe": _arch("GraniteMoeForCausalLM", "none", ALL, "block_sparse_moe"),
     "jamba": _arch("JambaForCausalLM", "none", (1, 3), "feed_forward", **JAMBA),
+    "jetmoe": _arch("JetMoeForCausalLM", "none", ALL),
     "lfm2_moe": _arch("Lfm2MoeForCausalLM", "none", FIRST_DENSE, "feed_forward", **CONV_AND_FULL),
     "mellum": _arch("MellumForCausalLM", "none"),
     "mimo_v2_flash": _arch("MiMoV2FlashForCausalLM", "none"),
@@ -212,6 +215,8 @@ ARCHITECTURES: dict[str, TinyArch] = {
     "olmoe": _arch("OlmoeForCausalLM", "none", ALL),
     "phimoe": _arch("PhimoeForCausalLM", "none", ALL),
     "qwen3_moe": _arch("Qwen3MoeForCausalLM", "none"),
+    # experts and router are the decoder layer's own, apart from its dense MLP
+    "gemma4_text": _arch("Gemma4ForCausalLM", "none", ALL, "experts", **GEMMA4),
     "gpt_oss": _arch("GptOssForCausalLM", "none", ALL, swiglu_limit=0.3),
     "inkling2_text": _arch("Inkling2ForCausalLM", "none", ALL, mlp_gate_softcap=0.3, mlp_up_softcap=0.5),
     # text backbones without a causal language model class
@@ -241,24 +246,20 @@ ARCHITECTURES: dict[str, TinyArch] = {
         swiglu_limits=(0.3,),
         swiglu_limits_shared=(0.2,),
     ),
+    "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "multimodal", ALL, "experts", global_head_dim=8),
     "openai_privacy_filter": _arch("OpenAIPrivacyFilterModel", "multimodal", ALL, swiglu_limit=0.3),
 }
 
 REFUSED: dict[str, TinyArch] = {
-    "axk1": _arch("AXK1ForCausalLM", "refused", **MLA),
     "inkling_text": _arch("InklingForCausalLM", "refused", logits_mup_width_multiplier=1.0),
-    "llama4_text": _arch("Llama4ForCausalLM", "refused", FIRST_DENSE, "feed_forward"),
     "longcat_flash": _arch("LongcatFlashForCausalLM", "refused", ALL, zero_expert_num=2, head_dim=4, **MLA),
     "muse_spark_text": _arch("MuseSparkTextModel", "refused", moe_hidden_size=24),
-    "gemma4_text": _arch("Gemma4ForCausalLM", "refused", ALL, "", **GEMMA4),
-    "diffusion_gemma_text": _arch("DiffusionGemmaEncoderTextModel", "refused", ALL, "", global_head_dim=8),
     "ernie4_5_vl_moe_text": _arch(
         "Ernie4_5_VLMoeTextModel",
         "refused",
         moe_intermediate_size=[16, 16],
         rope_parameters={**ROPE, "mrope_section": [1, 1, 2]},
     ),
-    "jetmoe": _arch("JetMoeForCausalLM", "refused", ALL),
     "doge": _arch("DogeForCausalLM", "refused", ALL, is_moe=True, num_experts=16),
     "zaya": _arch("ZayaForCausalLM", "refused", ALL, top_k=1, router_hidden_size=16),
 }

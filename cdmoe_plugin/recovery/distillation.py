@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..condensed import condensed_layers, standing_in
+from ..layerwise import decoder_of
 from ..loading import check_whole
 from ..plan import CondensePlan
 from ..sparse import SparseBlock, find_sparse_blocks, hidden_of, model_shape
@@ -42,7 +43,8 @@ class Distillation:
         temperature (`float`, defaults to 1.0): T of the form "logits"; its loss is multiplied by T².
 
     Raises:
-        ValueError: if an argument is out of range, or if the blocks are not those that were condensed.
+        ValueError: if an argument is out of range, if the blocks are not those that were condensed, or if what they
+            give for an input does not follow from that input.
     """
 
     def __init__(
@@ -64,8 +66,13 @@ class Distillation:
         if missing:
             raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
+        if form == "blocks" and any(block.router is not None for block in self.blocks.values()):
+            raise ValueError(
+                "`distillation` on 'blocks' needs what routers see among the inputs of the blocks; in "
+                f"{type(model).__name__}, the decoder layers have routers of their own. Use the form 'logits'."
+            )
         for block in self.blocks.values():
-            for module in filter(None, (block.module, block.shared)):
+            for module in filter(None, (block.module, block.shared, block.router)):
                 module.eval().requires_grad_(False)
         self._follow()
         self._scale = self._logit_scale() if form == "logits" else 1.0
@@ -74,7 +81,7 @@ class Distillation:
         """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
         for layer, block in self.blocks.items():
             device = next(self.students[layer].parameters()).device
-            for module in filter(None, (block.module, block.shared)):
+            for module in filter(None, (block.module, block.shared, block.router)):
                 module.to(device)
 
     @contextmanager
@@ -94,7 +101,7 @@ class Distillation:
 
         with ExitStack() as stack:
             if self.form == "logits":
-                stack.callback(self.model.base_model.register_forward_hook(keep("hidden")).remove)
+                stack.callback(decoder_of(self.model).register_forward_hook(keep("hidden")).remove)
             else:
                 for layer, mlp in self.students.items():
                     stack.callback(mlp.register_forward_pre_hook(keep(layer)).remove)
@@ -116,7 +123,7 @@ class Distillation:
 
     def _logits_loss(self, student: Tensor, inputs: dict[str, Any], predicts: Tensor) -> Tensor:
         with torch.no_grad(), self._sparse_again():
-            teacher = self.model.base_model(**inputs).last_hidden_state
+            teacher = decoder_of(self.model)(**inputs).last_hidden_state
         total = student.new_zeros((), dtype=torch.float32)
         pairs = zip(student[predicts].split(_CHUNK), teacher[predicts].split(_CHUNK), strict=True)
         for of_student, of_teacher in pairs:
@@ -156,7 +163,7 @@ class Distillation:
         ids = torch.arange(2, 6, device=head.weight.device)[None]
         with eval_mode(self.model):
             output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-            raw = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            raw = head(decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state).float()
         logits = output.logits.float()
         scale = float((raw * logits).sum() / raw.square().sum())
         if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
@@ -211,7 +218,7 @@ def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwa
 
 def _block_output(block: SparseBlock, x: Tensor, input_ids: Tensor | None) -> Tensor:
     """What a sparse block and its shared expert give for `x` `[B, S, H]` (and token ids), float32 `[B, S, H]`."""
-    total = hidden_of(block.run(x, input_ids)).float().view(x.shape)
+    total = hidden_of(block.calls.block(x, input_ids)).float().view(x.shape)
     if block.shared_name is not None and block.shared is not None:
         total = total + block.shared(x).float()
     return total

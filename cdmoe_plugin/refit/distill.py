@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..layers_cdmoe import CondensedMLP
-from ..sparse import hidden_of
 from .down_proj import refit_down_proj
 from .examples import Example, LayerExamples, RefitLayer
 
@@ -62,8 +61,8 @@ def distill(mlp: CondensedMLP, examples: LayerExamples, steps: int) -> RefitLaye
 
 
 def weighted_error(mlp: CondensedMLP, example: Example) -> Tensor:
-    """Weighted squared error relative to the target's size, a scalar."""
-    error = (hidden_of(mlp(example.inputs.float())) - example.target).square().sum(-1)
+    """Weighted squared error relative to the target's size, a scalar; both before a norm where the layer has one."""
+    error = (mlp.sum_of_experts(example.inputs.float()) - example.target).square().sum(-1)
     size = (example.target.square().sum(-1) * example.weights).sum().clamp_min(1e-30)
     return (error * example.weights).sum() / size
 

@@ -74,7 +74,7 @@ class LayerComparison:
     def __init__(self, data: SparseLayerData) -> None:
         self.data = data
         self.calls = [list(_split(call, data)) for call in data.calls]
-        self.gates = data.gates.to(data.block.device, torch.float32)[:, None, None]
+        self.gates = data.factors.to(data.block.device, torch.float32)[:, None, None]
         left = data.cache_bytes
         for chunk in self._chunks():
             size = chunk.inputs.numel() * chunk.inputs.element_size() * data.block.num_experts
@@ -116,7 +116,7 @@ class LayerComparison:
 
         def nested(chunk: _Chunk, rows: slice) -> Tensor:
             if chunk.sums is None:
-                gated = self.data.block.expert_outputs(chunk.inputs, chosen).float() * self.gates[chosen]
+                gated = self.data.expert_outputs(chunk.inputs, chosen).float() * self.gates[chosen]
                 chunk.sums = torch.cat([torch.zeros_like(gated[:1]), gated.cumsum(0)])
             return self._divergence(chunk, rows, chunk.base[rows] + chunk.sums[:, rows])
 
@@ -143,9 +143,9 @@ class LayerComparison:
 
     def _outputs(self, chunk: _Chunk) -> Tensor:
         if chunk.outputs is None:
-            chunk.outputs = self.data.block.expert_outputs(chunk.inputs)
+            chunk.outputs = self.data.expert_outputs(chunk.inputs)
         for expert in chunk.pending:
-            chunk.base.add_(chunk.outputs[expert].float(), alpha=float(self.data.gates[expert]))
+            chunk.base.add_(chunk.outputs[expert].float(), alpha=float(self.data.factors[expert]))
         chunk.pending.clear()
         return chunk.outputs
 

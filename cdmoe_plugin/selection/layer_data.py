@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,21 @@ class SparseLayerData:
     def candidates(self) -> list[int]:
         """Experts that at least one token chose."""
         return [int(i) for i in torch.nonzero(~self.gates.isnan()).flatten()]
+
+    @property
+    def factors(self) -> Tensor:
+        """float64 `[N]`, what multiplies `expert_outputs` in a condensed layer: gates, or 1 where these are in them."""
+        return self.gates.where(self.gates.isnan(), 1.0) if self.block.gates_inputs else self.gates
+
+    def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
+        """`[N, T, H]`, what routed experts (all by default) give for `x` `[T, H]` in a condensed layer, but `factors`.
+
+        Where the router's weights multiply the experts' inputs, that is `E_i(g_i x)` with the constant gates: these do
+        not depend on which experts are kept, and the layer is a plain sum of such outputs like any other.
+        """
+        if not self.block.gates_inputs:
+            return self.block.expert_outputs(x, experts)
+        return self.block.expert_outputs(x, experts, self.gates if experts is None else self.gates[list(experts)])
 
 
 @dataclass(frozen=True)

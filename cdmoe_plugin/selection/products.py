@@ -42,7 +42,7 @@ def gram_matrix(
         gram = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=device)
         pieces = (call.inputs, call.target, weights.double().sqrt())
         for inputs, target, roots in zip(*(piece.split(size) for piece in pieces), strict=True):
-            outputs = data.block.expert_outputs(inputs)
+            outputs = data.expert_outputs(inputs)
             rest = target - data.block.shared_output(inputs) if with_rest else target
             for start in range(0, len(inputs), step):
                 rows = slice(start, start + step)
@@ -53,7 +53,7 @@ def gram_matrix(
                 flat = part.flatten(1)
                 gram.addmm_(flat, flat.T)
         parts.append(gram)
-    gates = torch.cat([data.gates, data.gates.new_ones(int(with_rest))])
+    gates = torch.cat([data.factors, data.gates.new_ones(int(with_rest))])
     return data.processes.total(parts).cpu() * gates[:, None] * gates
 
 

@@ -70,16 +70,17 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Experts with the highest router-weighted activation first (REAP, Lasby et al. 2025, arXiv 2510.13999).
 
     The saliency of expert i is the mean, over the tokens that chose it, of `g_i(x) · ‖E_i(x)‖₂`, where `g_i(x)` is what
-    the router really multiplies with. Ties go to the lower index.
+    the router really multiplies with; where that is the expert's input, the mean of `‖E_i(g_i(x) · x)‖₂`. Ties go to
+    the lower index.
     """
     return ranked(data, num_experts, lambda data: -reap_saliencies(data))
 
 
 @torch.no_grad()
 def l1_norms(data: SparseLayerData) -> Tensor:
-    """Sum of the absolute weights of each expert's three matrices, float64 `[N]`."""
-    weights = data.block.expert_weights()
-    parts = [torch.linalg.vector_norm(part, 1, dim=(1, 2), dtype=torch.float64) for part in weights[:3]]
+    """Sum of the absolute weights of each expert's matrices (three, two without gates), float64 `[N]`."""
+    matrices = data.block.expert_weights().matrices
+    parts = [torch.linalg.vector_norm(part, 1, dim=(1, 2), dtype=torch.float64) for part in matrices]
     return torch.stack(parts).sum(0)
 
 
@@ -99,8 +100,11 @@ def reap_saliencies(data: SparseLayerData) -> Tensor:
         # Expert by expert, as only a few of all tokens chose it.
         for expert in torch.unique(call.routing.experts).tolist():
             rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
-            outputs = data.block.expert_outputs(call.inputs[rows], [expert])[0]
+            inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]
+            if data.block.gates_inputs:
+                inputs, weights = inputs * weights[:, None].to(inputs.dtype), torch.ones_like(weights)
+            outputs = data.block.expert_outputs(inputs, [expert])[0]
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-            sums[expert] = float(norms @ call.routing.weights[rows, slots].double())
+            sums[expert] = float(norms @ weights.double())
         parts.append(sums)
     return data.processes.total(parts).cpu() / choice_counts(data)

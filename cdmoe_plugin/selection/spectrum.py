@@ -17,17 +17,18 @@ _GRAM_ELEMENTS = 2**26
 def pl_alpha_hill_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Experts with the heaviest-tailed weights, that is the lowest PL-Alpha-Hill, first (CD-MoE, Eq. 4).
 
-    An expert's value is the mean over its three matrices, see `pl_alpha_hill`. Ties go to the lower index.
+    An expert's value is the mean over its three matrices (two without gates), see `pl_alpha_hill`. Ties go to the lower
+    index.
     """
     return ranked(data, num_experts, alpha_means)
 
 
 def alpha_means(data: SparseLayerData) -> Tensor:
-    """Mean PL-Alpha-Hill of each expert's three matrices, float64 `[N]`; NaN for those that are no candidates."""
+    """Mean PL-Alpha-Hill of each expert's matrices, float64 `[N]`; NaN for those that are no candidates."""
     means = torch.full((data.block.num_experts,), float("nan"), dtype=torch.float64)
-    spectra = [_spectra(part, data.candidates) for part in data.block.expert_weights()[:3]]
-    for expert, *three in zip(data.candidates, *spectra, strict=True):
-        means[expert] = sum(pl_alpha_hill(eigenvalues) for eigenvalues in three) / 3
+    spectra = [_spectra(part, data.candidates) for part in data.block.expert_weights().matrices]
+    for expert, *own in zip(data.candidates, *spectra, strict=True):
+        means[expert] = sum(map(pl_alpha_hill, own)) / len(own)
     return means
 
 

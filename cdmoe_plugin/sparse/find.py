@@ -17,10 +17,15 @@ from ..plan import ModelShape
 from .activations import experts_activation, shared_activation
 from .block import SparseBlock
 from .probes import probe_block
-from .weights import UnsupportedModelError, activation_name, has_stacked_weights, read_experts, read_gated_mlp
-
-# How configs say "this model has experts", for a better message where these are not recognised.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+from .reasons import why_no_block, why_none, why_weighted
+from .weights import (
+    UnsupportedModelError,
+    activation_name,
+    are_parallel,
+    has_stacked_weights,
+    read_experts,
+    read_gated_mlp,
+)
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
@@ -70,7 +75,7 @@ def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     """The sparse blocks by their structure alone, in the order of depth; see `find_sparse_blocks`."""
     found = [(name, module) for name, module in model.base_model.named_modules() if has_stacked_weights(module)]
     if not found:
-        raise UnsupportedModelError(_why_none(model))
+        raise UnsupportedModelError(why_none(model))
     return sorted((_describe_block(model, *each) for each in found), key=lambda block: block.layer)
 
 
@@ -106,6 +111,8 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
     number = config.num_experts
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
+        if config.form == "trim_layer" and chosen:
+            block.check_trimming()
         if config.form == "condense" and chosen and number != "auto" and number > block.num_experts:
             raise ValueError(
                 f"`num_experts` is {number}, but decoder layer {block.layer} has {block.num_experts} routed experts."
@@ -113,25 +120,31 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
 
 
 def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> SparseBlock:
-    path = experts_name.rpartition(".")[0]
-    match = re.fullmatch(r"(?P<layer>.*?\.(?P<index>\d+))\.[^.]+", path)
+    router_name = _layer_router(model, experts_name)
+    path = experts_name if are_parallel(experts) or router_name else experts_name.rpartition(".")[0]
+    match = re.fullmatch(r"(?P<layer>.*?\.\d+)\.[^.]+", path)
     base = model.base_model
-    index = int(match["index"]) if match else -1
+    in_layer = re.search(r"\.(\d+)\.", experts_name)
+    index = int(in_layer[1]) if in_layer else -1
     with _refusing(model, index, experts):
         if match is None:
-            raise UnsupportedModelError("its experts are not in a block of their own, a child of a decoder layer")
-        weights = read_experts(experts)
+            raise UnsupportedModelError(why_no_block(model, experts_name))
+        reason = why_weighted(experts)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        features = read_experts(experts).gate.shape[-1]
         hidden_size = model.config.get_text_config().hidden_size
-        if weights.gate.shape[-1] != hidden_size:
+        module = base.get_submodule(path)
+        children = {name: child for name, child in module.named_children() if child is not experts}
+        latent = _latent_maps(children, hidden_size, features)
+        if latent is None and features != hidden_size:
             raise UnsupportedModelError(
-                f"its experts work on {weights.gate.shape[-1]} features, not on the hidden size {hidden_size}"
+                f"its experts work on {features} features, not on the hidden size {hidden_size}"
             )
-    module = base.get_submodule(path)
     owner = base.get_submodule(match["layer"])
-    children = {name: child for name, child in module.named_children() if child is not experts}
     shared = next((child for child in children.values() if read_gated_mlp(child) is not None), None)
     shared_name = None
-    if shared is None:
+    if shared is None and router_name is None:
         others = {name: child for name, child in owner.named_children() if child is not module}
         shared_name = next((n for n, child in others.items() if read_gated_mlp(child) is not None), None)
         shared = others.get(shared_name) if shared_name else None
@@ -158,21 +171,32 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
             shared=shared,
             shared_name=shared_name,
             shared_gate=gate,
+            router=None if router_name is None else owner.get_submodule(router_name),
+            router_name=router_name,
+            latent=latent,
+            norm_name=_norm_name(children, hidden_size),
         )
 
 
-def _why_none(model: PreTrainedModel) -> str:
-    config = model.config.get_text_config()
-    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if getattr(config, name, None)}
-    if counts:
-        return (
-            f"model type {model.config.model_type!r} ({type(model).__name__}) has experts ({counts}), but not as "
-            "stacked weights in a block of their own: this form of sparse layer is not supported."
-        )
-    return (
-        f"model type {model.config.model_type!r} ({type(model).__name__}) is dense: there is no sparse layer with "
-        "routed experts to condense."
-    )
+def _layer_router(model: PreTrainedModel, experts_name: str) -> str | None:
+    """Name of the router beside experts that are a decoder layer's own children; None for experts in a block."""
+    layer = re.fullmatch(r"(.*?\.\d+)\.[^.]+", experts_name)
+    children = dict(model.base_model.get_submodule(layer[1]).named_children()) if layer else {}
+    return "router" if "router" in children else None
+
+
+def _latent_maps(children: dict[str, nn.Module], hidden_size: int, features: int) -> tuple[nn.Linear, nn.Linear] | None:
+    """Two children of a block that map to the features of its experts and back; that they do is for the probe."""
+    linears = [child for child in children.values() if isinstance(child, nn.Linear)]
+    into = (child for child in linears if child.weight.shape == (features, hidden_size))
+    pairs = [(one, other) for one in into for other in linears if other.weight.shape == (hidden_size, features)]
+    return next((pair for pair in pairs if pair[0] is not pair[1]), None)
+
+
+def _norm_name(children: dict[str, nn.Module], hidden_size: int) -> str | None:
+    """The child of a block that has nothing but weights per feature; whether it norms the sum is for the probe."""
+    names = [name for name, child in children.items() if {(hidden_size,)} == {p.shape for p in child.parameters()}]
+    return names[0] if len(names) == 1 else None
 
 
 @contextmanager

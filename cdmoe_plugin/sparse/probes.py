@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .block import Routing, SparseBlock, hidden_of, patched_forward, routing_of_call
+from .block import SparseBlock
+from .calls import RoutedCall, Routing, hidden_of, patched_forward
+from .reasons import arguments_of
 from .weights import UnsupportedModelError
 
 
@@ -31,52 +34,80 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
 
 
 def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
-    calls: list[Routing | None] = []
-
-    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(routing_of_call((hidden, *args), kwargs))
-        return torch.zeros_like(hidden)
-
-    with patched_forward(block.experts, record):
-        try:
-            output = block.run(x)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
+    calls: list[RoutedCall | None] = []
+    handle = block.calls.watch(calls.append)
+    try:
+        with block.calls.giving(_features(block, x).zero_()):
+            output = block.calls.block(x)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
+    finally:
+        handle.remove()
     if len(calls) != 1 or calls[0] is None:
         raise UnsupportedModelError("its experts are not called with the routed indices and weights of each token")
-    # Scores that the experts were called with are for the eyes of the user: no decoder layer reads them.
-    block.returns_tuple = isinstance(output, tuple) and len(output) == 2 and output[1] is calls[0].weights
+    # Scores of a router are for the eyes of the user: no decoder layer reads them.
+    block.returns_tuple = isinstance(output, tuple) and len(output) == 2 and output[1] is calls[0].scores
     if not block.returns_tuple and not isinstance(output, Tensor):
-        raise UnsupportedModelError("its block returns more than hidden states")
-    if int(calls[0].experts.max()) >= router_experts:
+        state = [f"`{name}`" for name in arguments_of(block.module)[1:]]
+        passed = f", and takes {', '.join(state)} from the layer before" if state else ""
+        raise UnsupportedModelError(f"its block returns more than hidden states{passed}")
+    if int(calls[0].routing.experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
+    _compare(calls[0].inputs, _features(block, x), "its experts are given something else than the block")
+
+
+def _features(block: SparseBlock, x: Tensor) -> Tensor:
+    """What the experts are given for the block's input; a copy."""
+    return x.clone() if block.latent is None else block.latent[0](x)
 
 
 def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
     """With outputs of experts and shared expert put in by hand, the block must add them, up to constant factors."""
     in_block = block.shared is not None and block.shared_name is None
     shape = (1, x.shape[1], block.hidden_size)
+    # What is put in is of the experts' dtype where a linear map comes after it.
+    features, dtype = (
+        (block.hidden_size, torch.float32) if block.latent is None else (block.latent[1].in_features, x.dtype)
+    )
+    bias = block.output_bias()
 
-    def run(routed: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
-        with patched_forward(block.experts, lambda h, *_, **__: routed.reshape(h.shape)):
-            if block.shared is None or not in_block:
-                return hidden_of(block.run(x)).float()
-            with patched_forward(block.shared, lambda h, *_, **__: shared.reshape(h.shape)):
-                if block.shared_gate is None:
-                    return hidden_of(block.run(x)).float()
-                with patched_forward(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1)):
-                    return hidden_of(block.run(x)).float()
+    def run(routed: Tensor, shared: Tensor, gate: Tensor, norm: bool = False) -> Tensor:
+        with ExitStack() as stack:
+            put_in = partial(_put_in, stack)
+            stack.enter_context(block.calls.giving(routed))
+            if in_block:
+                put_in(block.shared, lambda h, *_, **__: shared.reshape(h.shape).clone())  # some add to it in place
+                put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
+            if not norm:
+                put_in(block.norm, lambda h: h)
+            output = hidden_of(block.calls.block(x)).float()
+            return output if bias is None or norm else output - bias.float()
 
     zero = torch.zeros(shape, device=x.device)
+    nothing = torch.zeros(1, x.shape[1], features, dtype=dtype, device=x.device)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
-    routed, shared, gate = random(*shape), random(*shape), random(1, x.shape[1], 1)
+    routed, shared = random(1, x.shape[1], features, dtype=dtype), random(*shape)
+    gate = random(1, x.shape[1], 1)
+    lifted = block.from_latent(routed).float()
     # Over many random values, the rounding of a block that ends in half precision averages out.
-    block.routed_scale = _factor(run(routed, zero, open_gate), routed)
-    block.shared_scale = _factor(run(zero, shared, open_gate), shared) if in_block else 1.0
+    block.routed_scale = _factor(run(routed, zero, open_gate), lifted)
+    if block.gates_inputs and block.routed_scale != 1.0:
+        raise UnsupportedModelError("its router's weights multiply the experts' inputs, and a factor their outputs")
+    block.shared_scale = _factor(run(nothing, shared, open_gate), shared) if in_block else 1.0
     weight = torch.sigmoid(gate) if block.shared_gate is not None else 1.0
-    expected = block.routed_scale * routed + (block.shared_scale * weight * shared if in_block else 0.0)
+    expected = block.routed_scale * lifted + (block.shared_scale * weight * shared if in_block else 0.0)
     tolerance = 1e-5 if block.dtype == torch.float32 else 1e-2
-    _compare(run(routed, shared, gate), expected, "its block does more than add shared and routed experts", tolerance)
+    reason = "its block does more than add shared and routed experts"
+    _compare(run(routed, shared, gate), expected, reason, tolerance)
+    if block.norm is not None:
+        expected = expected if bias is None else expected + bias.float()
+        normed = block.norm(expected.to(block.dtype))
+        _compare(run(routed, shared, gate, norm=True), normed, f"{reason}, and norm the sum", tolerance)
+
+
+def _put_in(stack: ExitStack, module: nn.Module | None, forward: Callable[..., Tensor]) -> None:
+    if module is not None:
+        stack.enter_context(patched_forward(module, forward))
 
 
 def _factor(output: Tensor, values: Tensor) -> float:
@@ -93,13 +124,18 @@ def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor])
         z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
         gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])
         _compare(apply_gate(z), block.glu()(gate, up), f"its experts are not {block.hidden_act}(gate) * up")
+    features = _features(block, x)
     index = torch.stack([torch.arange(len(x)), torch.arange(len(x)) + 1], dim=1) % block.num_experts
     index = index.to(x.device)
     gates = random(*index.shape).abs().to(x.dtype)
-    chosen = weights.of(index.flatten())
-    outputs = chosen(x.repeat_interleave(2, 0)[:, None], block.glu())[:, 0].unflatten(0, index.shape)
-    expected = (outputs.float() * gates.float()[..., None]).sum(1)
-    _compare(block.experts(x, index, gates), expected, f"its experts are not {block.hidden_act}(gate) * up")
+    into, out = (gates, torch.ones_like(gates)) if block.gates_inputs else (torch.ones_like(gates), gates)
+    inputs = features.repeat_interleave(2, 0)[:, None] * into.flatten()[:, None, None]
+    outputs = weights.of(index.flatten())(inputs, block.glu())[:, 0].unflatten(0, index.shape)
+    expected = (outputs.float() * out.float()[..., None]).sum(1)
+    if block.calls.runs_block:
+        expected = expected * block.routed_scale + block.shared_output(x)
+    actual = block.calls.run(features, Routing(index, gates))
+    _compare(actual, expected, f"its experts are not {block.hidden_act}(gate) * up")
 
 
 def _compare(actual: Tensor, expected: Tensor, reason: str, tolerance: float | None = None) -> None:

@@ -44,9 +44,37 @@ class GatedWeights(NamedTuple):
         up = self.up[experts]
         return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
 
+    def between(self, first: nn.Linear, last: nn.Linear) -> GatedWeights:
+        """Those of one MLP with the maps before and after it folded in, in float32; without the bias of `last`."""
+        dtype = torch.promote_types(self.up.dtype, torch.float32)
+        into, out = first.weight.to(dtype), last.weight.to(dtype)
+
+        def folded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            weight = weight.to(dtype)
+            if first.bias is not None:
+                moved = weight @ first.bias.to(dtype)
+                bias = moved if bias is None else moved + bias.to(dtype)
+            return weight @ into, bias
+
+        up, up_bias = folded(self.up, self.up_bias)
+        gate, gate_bias = (up, None) if self.ungated else folded(self.gate, self.gate_bias)
+        down_bias = None if self.down_bias is None else out @ self.down_bias.to(dtype)
+        return GatedWeights(gate, up, out @ self.down.to(dtype), gate_bias, up_bias, down_bias)
+
+    def of_scaled_inputs(self, factor: float) -> GatedWeights:
+        """Those of `E(factor · x)`, gate and up in at least float32."""
+        dtype = torch.promote_types(self.up.dtype, torch.float32)
+        up = self.up.to(dtype) * factor
+        return self._replace(gate=up if self.ungated else self.gate.to(dtype) * factor, up=up)
+
     @property
     def ungated(self) -> bool:
         return self.gate is self.up
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate, up and down; of MLPs without gates up and down."""
+        return (self.up, self.down) if self.ungated else (self.gate, self.up, self.down)
 
     @property
     def biased(self) -> bool:
@@ -54,10 +82,20 @@ class GatedWeights(NamedTuple):
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    # A lone stacked "weight" is one linear map per expert, or a convolution.
+    own = (parameter for name, parameter in module.named_parameters(recurse=False) if name != "weight")
+    return any(parameter.ndim == 3 for parameter in own) or _is_dbrx_like(module) or are_parallel(module)
+
+
+def are_parallel(module: nn.Module) -> bool:
+    """Whether two children are the stacked projections of gated MLPs, `[N, 2I, H]` and `[N, H, I]` (jetmoe).
+
+    Those of its attention, a mixture of query and output projections, are not: these are as wide in between.
+    """
+    into, out = (getattr(getattr(module, name, None), "weight", None) for name in ("input_linear", "output_linear"))
+    if not isinstance(into, Tensor) or not isinstance(out, Tensor) or into.ndim != 3 or out.ndim != 3:
         return False
-    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return stacked or _is_dbrx_like(module)
+    return into.shape == (out.shape[0], 2 * out.shape[2], out.shape[1])
 
 
 def _is_dbrx_like(experts: nn.Module) -> bool:
@@ -67,7 +105,7 @@ def _is_dbrx_like(experts: nn.Module) -> bool:
     )
 
 
-def read_experts(experts: nn.Module) -> GatedWeights:
+def read_experts(experts: Any) -> GatedWeights:
     """Views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
 
     Raises:
@@ -79,14 +117,23 @@ def read_experts(experts: nn.Module) -> GatedWeights:
         return GatedWeights(gate, up, down.transpose(1, 2))
     if not getattr(experts, "has_gate", True):
         return _read_ungated(experts)
+    if are_parallel(experts):
+        gate, up = experts.input_linear.weight.chunk(2, dim=1)
+        return GatedWeights(gate, up, experts.output_linear.weight)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
         raise UnsupportedModelError("its experts are not gated MLPs with stacked weights gate_up_proj and down_proj")
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError("it normalises the output of every expert")
-    if getattr(experts, "is_transposed", False):
+    if gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1]):  # transposed
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gate, up = _halves(experts, gate_up)
+    if len(down) < len(gate) and gate.shape[1:] == down.mT.shape[1:]:
+        identity = any(isinstance(child, nn.Identity) for child in experts.children())
+        raise UnsupportedModelError(
+            f"{len(gate) - len(down)} of the {len(gate)} experts that its router chooses from have no weights"
+            + (" and add the token itself, times the router's weight (identity experts)" if identity else "")
+        )
     if gate.shape != (down.shape[0], down.shape[2], down.shape[1]):
         raise UnsupportedModelError(
             f"the shapes of its expert weights, {tuple(gate_up.shape)} and {tuple(down.shape)}, do not belong together"
@@ -162,9 +209,10 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.unsqueeze(-2)
 
 
-def shrink_experts(experts: nn.Module, count: int, kept: int) -> None:
+def shrink_experts(experts: Any, count: int, kept: int) -> None:
     """Gives a module of stacked expert weights room for `kept` experts instead of `count`; what it held is gone."""
-    for module in experts.modules():
+    parts = (experts.input_linear, experts.output_linear) if are_parallel(experts) else experts.modules()
+    for module in parts:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim >= 2 and parameter.shape[0] % count == 0:
                 shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])

@@ -1,0 +1,68 @@
+"""Why sparse layers of other forms can't be condensed, by what their modules show."""
+
+from __future__ import annotations
+
+import re
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .weights import has_stacked_weights
+
+# How configs say "this model has experts".
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def arguments_of(module: nn.Module) -> list[str]:
+    """Names of what a module is called with."""
+    return list(signature(type(module).forward).parameters)[1:]
+
+
+def why_no_block(model: PreTrainedModel, experts_name: str) -> str:
+    """Why experts are not in a block of their own, a child of a decoder layer that could be replaced."""
+    base: nn.Module = model.base_model
+    in_layer = re.match(r"(?P<block>.*?\.\d+\.[^.]+)\.", experts_name)
+    if in_layer is None:
+        return "its experts are not in a block of their own, a child of a decoder layer"
+    block = base.get_submodule(in_layer["block"])
+    sets = [name for name, module in block.named_modules() if has_stacked_weights(module)]
+    types = [name for name in arguments_of(block) if "token_type" in name]
+    if len(sets) > 1 and types:
+        return (
+            f"its block has several sets of experts ({', '.join(sets)}), of which `{types[0]}` chooses for each token"
+        )
+    return "its experts are not in a block of their own, a child of a decoder layer"
+
+
+def why_weighted(experts: nn.Module) -> str | None:
+    """Why stacked experts are none that a router chooses from, where that is so."""
+    arguments = arguments_of(experts)
+    if len(arguments) != 2:
+        return None
+    return f"its shared experts are weighted per token by the router (`{arguments[1]}`)"
+
+
+def why_none(model: PreTrainedModel) -> str:
+    """Why a model has no sparse block at all; a whole sentence."""
+    config: Any = model.config.get_text_config()
+    who = f"model type {model.config.model_type!r} ({type(model).__name__})"
+    counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if getattr(config, name, None)}
+    if not counts:
+        return f"{who} is dense: there is no sparse layer with routed experts to condense."
+    for module in model.modules():
+        tables = [n for n, child in module.named_children() if _is_table(child, set(counts.values()))]
+        if len(tables) > 1:
+            return (
+                f"{who} can't be condensed: the experts of {type(module).__name__} are single neurons, looked up in "
+                f"tables ({', '.join(tables)}), and no MLPs."
+            )
+    return (
+        f"{who} has experts ({counts}), but not as stacked weights in a block of their own: this form of sparse layer "
+        "is not supported."
+    )
+
+
+def _is_table(module: nn.Module, sizes: set[int]) -> bool:
+    return isinstance(module, nn.Embedding) and module.num_embeddings in sizes
