@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -78,10 +80,9 @@ def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: 
         quantization_config (`BitsAndBytesConfig`): Changed in place, and returned.
         config (`PreTrainedConfig`): That of the condensed checkpoint.
     """
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    prefix = model_class.base_model_prefix
-    layers: Any = config.condense_config["condensed_layers"]
-    names = [f"{prefix}.{spec['module']}" for spec in layers.values()]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    names = [name for name, module in model.named_modules() if isinstance(module, CondensedMLP)]
     skipped = [*(quantization_config.llm_int8_skip_modules or []), *names, "lm_head"]
     quantization_config.llm_int8_skip_modules = skipped
     return quantization_config

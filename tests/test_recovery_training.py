@@ -182,6 +182,15 @@ def open_quantised(folder: Path, bits: int) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "llama4_text", "gemma4_text"])
+def test_names_of_what_is_not_quantised(model_type: str, tmp_path: Path) -> None:
+    model = apply_plan(tiny_model(model_type), some_plan([1, 3]))
+    model.save_pretrained(tmp_path)
+    config = quantised_around_condensed(BitsAndBytesConfig(load_in_4bit=True), AutoConfig.from_pretrained(tmp_path))
+    expected = sorted({name.rpartition(".")[0] for name in condensed_module_names(model)})
+    assert sorted(config.llm_int8_skip_modules) == sorted(["lm_head", *expected])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_all_but_the_condensed_layers_is_quantised_and_frozen(bits: int, wide_checkpoint: Path, tmp_path: Path) -> None:
     model = open_quantised(wide_checkpoint, bits)
