@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,11 +330,18 @@ def _make_class(base: type, bases: tuple[type, ...], namespace: dict[str, Any]) 
     return made
 
 
+def _of_package(name: str) -> Any:
+    """A class of DeepSeekMoE-16B's architecture, which transformers lacks; what is part of this file was found before."""
+    if not name.startswith("Deepseek"):
+        return None
+    return getattr(import_module(f"{__package__}.models.deepseek.modeling_deepseek"), name, None)
+
+
 def __getattr__(name: str) -> Any:
     """Makes `CDMoE<X>` for a config or model class `<X>` of transformers, or of this file."""
     if name.startswith(PREFIX):
         base_name = name.removeprefix(PREFIX)
-        base = globals().get(base_name) or getattr(transformers, base_name, None)
+        base = globals().get(base_name) or getattr(transformers, base_name, None) or _of_package(base_name)
         if isinstance(base, type) and issubclass(base, PreTrainedConfig):
             return condensed_config_class(base)
         if isinstance(base, type) and issubclass(base, PreTrainedModel):

@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from .registration import DEEPSEEK, register, register_condensed
+from .registration import DEEPSEEK, MODEL_TYPE_PREFIX, register, register_condensed
 
 _PREFIX = "CDMoE"
 
@@ -36,6 +36,7 @@ class _KnowsCondensed(ModuleType):
             return super().__getattr__(name)
         from . import modeling_cdmoe
 
-        if name.startswith(f"{_PREFIX}Deepseek") and not hasattr(modeling_cdmoe, name):
+        found = getattr(modeling_cdmoe, name)
+        if getattr(found, "config_class", found).model_type == MODEL_TYPE_PREFIX + DEEPSEEK:
             register_condensed(DEEPSEEK)  # an architecture that transformers lacks
-        return getattr(modeling_cdmoe, name)
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -127,6 +128,16 @@ def test_split_plan_of_tied_embeddings(model_type: str, tmp_path: Path) -> None:
 
 def test_no_split_plan_without_one_of_the_base() -> None:
     assert condensed("dbrx", [2]).config.base_model_tp_plan is None
+
+
+def test_configs_travel_between_processes(tmp_path: Path) -> None:
+    """Servers hand configs to their worker processes, which have asked for none of our classes yet."""
+    configs = [condensed(model_type, [1]).config for model_type in ("mixtral", "deepseek")]
+    program = "import json, pickle, sys; print(json.dumps([c.to_dict() for c in pickle.load(sys.stdin.buffer)]))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(configs), capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert json.loads(done.stdout) == json.loads(json.dumps([config.to_dict() for config in configs]))
 
 
 # What vLLM's transformers backend does with a checkpoint, in its own order, without trust_remote_code.
