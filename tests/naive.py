@@ -93,8 +93,9 @@ def naive_glus(config: Any, layer: int) -> tuple[Glu, Glu]:
     """What routed experts and the shared one have between their projections."""
     kind = config.model_type
     if kind in ("gpt_oss", "openai_privacy_filter", "minimax_m3_vl_text"):
-        limit, alpha = config.swiglu_limit, config.swiglu_alpha
-        return (gpt_oss_glu(limit, alpha),) * 2
+        if not hasattr(config, "swiglu_alpha"):  # transformers 5.17 has constants, whatever the config says
+            return (gpt_oss_glu(7.0, 1.702),) * 2
+        return (gpt_oss_glu(config.swiglu_limit, config.swiglu_alpha),) * 2
     if kind in ("glm5_next_text", "deepseek_v4"):
         return (clamped_swiglu(config.swiglu_limit),) * 2
     if kind == "hy_v4":

@@ -179,7 +179,7 @@ def test_cost_of_experts_in_latent_space() -> None:
 def test_experts_of_the_decoder_layer_are_not_split_over_processes() -> None:
     """Condensed MLPs stand where other layers have experts, for which the base's plan has other ways of splitting."""
     model = tiny_model("gemma4_text")
-    before = type(model.config).base_model_tp_plan
+    before = dict(model.config.base_model_tp_plan)
     plan = apply_plan(model, CondensePlan([CondensedLayer(2, [1], [0.5])])).config.base_model_tp_plan
     assert plan == {name: how for name, how in before.items() if not name.startswith("layers.*.experts")}
     assert plan != before
