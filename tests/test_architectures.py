@@ -93,15 +93,21 @@ def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) 
         torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "dbrx"])
-def test_experts_of_a_large_layer_compute_a_few_at_a_time(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = find_sparse_blocks(tiny_model(model_type))[-1]
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [*((name, {}) for name in ("gpt_oss", "nemotron_h", "dbrx", "llama4_text")), *LATENT]
+)
+def test_experts_of_a_large_layer_compute_a_few_at_a_time(
+    model_type: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = find_sparse_blocks(tiny_model(model_type, **overrides))[-1]
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    whole = block.expert_outputs(x)
+    gates = torch.rand(8, generator=torch.Generator().manual_seed(1)) if block.gates_inputs else None
+    whole = block.expert_outputs(x, input_gates=gates)
     elements = block.expert_weights().up[0].numel()
     monkeypatch.setattr(block_room, "_WEIGHT_ELEMENTS", {"cpu": 3 * elements})  # three, three and two
-    torch.testing.assert_close(block.expert_outputs(x), whole)
-    torch.testing.assert_close(block.expert_outputs(x, [5, 0, 7, 2]), whole[[5, 0, 7, 2]])
+    torch.testing.assert_close(block.expert_outputs(x, input_gates=gates), whole)
+    some = [5, 0, 7, 2]
+    torch.testing.assert_close(block.expert_outputs(x, some, None if gates is None else gates[some]), whole[some])
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in SEARCHABLE])

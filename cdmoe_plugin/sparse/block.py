@@ -160,11 +160,13 @@ class SparseBlock:
             x = x * input_gates.to(x)[:, None, None]
         number, glu = len(weights.up), self.glu()
         step = max(1, _WEIGHT_ELEMENTS.get(x.device.type, _WEIGHT_ELEMENTS["cpu"]) // weights.up[0].numel())
-        parts = []
+        if step >= number:
+            return self.from_latent(weights(x, glu))
+        outputs = x.new_empty(number, x.shape[-2], self.hidden_size)
         for start in range(0, number, step):
             some = slice(start, start + step)
-            parts.append(self.from_latent(weights.of(some)(x if input_gates is None else x[some], glu)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            outputs[some] = self.from_latent(weights.of(some)(x if input_gates is None else x[some], glu))
+        return outputs
 
     def from_latent(self, outputs: Tensor) -> Tensor:
         """`[..., H]` for what the experts give, as it is without a latent space; biases are in `output_bias`."""
