@@ -332,9 +332,9 @@ def _make_class(base: type, bases: tuple[type, ...], namespace: dict[str, Any]) 
 
 def _of_package(name: str) -> Any:
     """A class of DeepSeekMoE-16B's architecture, which transformers lacks; copies of this file have it themselves."""
-    if not name.startswith("Deepseek"):
+    if __package__ != "cdmoe_plugin" or not name.startswith("Deepseek"):
         return None
-    return getattr(import_module(f"{__package__}.models.deepseek.modeling_deepseek"), name, None)
+    return getattr(import_module("cdmoe_plugin.models.deepseek.modeling_deepseek"), name, None)
 
 
 def __getattr__(name: str) -> Any:

@@ -82,6 +82,7 @@ for name in ("qwen2_moe", "granitemoeshared", "gpt_oss", "deepseek"):
     found[name] = describe(model, name), describe(again, name), model.condense_plan
     model = AutoModelForCausalLM.from_pretrained(f"me/{name}", trust_remote_code=True)  # as the hub's cache has it
     found[f"{name} of the hub"] = describe(model, name)
+    found[f"{name} unknown"] = hasattr(sys.modules[type(model).__module__], "CDMoEDeepseekNothing")
 for name in ("qwen2_moe", "deepseek"):
     head = AutoModelForSequenceClassification.from_pretrained(root / name, trust_remote_code=True, num_labels=3)
     found[f"{name} head"] = describe(head)
@@ -184,6 +185,7 @@ def test_as_remote_code(root: Path, tmp_path: Path) -> None:
         module, *rest = found[f"{name} of the hub"]
         assert module == f"transformers_modules.me.{name}.{COMMIT}.modeling_cdmoe"
         assert rest == [f"CDMoE{prefix}ForCausalLM", True]
+        assert found[f"{name} unknown"] is False
     for name in ("qwen2_moe", "deepseek"):
         assert found[f"{name} head"][1:] == [f"CDMoE{NAMES[name]}ForSequenceClassification", [1, 3]]
 
