@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 NAME = "cdmoe"
-TARGET = "cdmoe_plugin.lm_eval_model:CDMoELM"
+TARGET = "cdmoe_plugin.integrations.lm_eval_model:CDMoELM"
 SWITCH = "CDMOE_NO_LM_EVAL_HOOK"
 _AFTER = "lm_eval.models"
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import register as _register
+from .model.registration import register as _register
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .api import apply_plan, condense_pretrained, search_plan
     from .config import CondenseConfig
-    from .export import export_stock
+    from .export.stock import export_stock
+    from .model.training import condensed_module_names, unfreeze_condensed
     from .plan import CondensedLayer, CondensePlan
-    from .training import condensed_module_names, unfreeze_condensed
 
 _ROOMS = {
     "CondenseConfig": "config",
@@ -26,10 +26,10 @@ _ROOMS = {
     "CondensedLayer": "plan",
     "apply_plan": "api",
     "condense_pretrained": "api",
-    "condensed_module_names": "training",
-    "export_stock": "export",
+    "condensed_module_names": "model.training",
+    "export_stock": "export.stock",
     "search_plan": "api",
-    "unfreeze_condensed": "training",
+    "unfreeze_condensed": "model.training",
 }
 
 __all__ = [

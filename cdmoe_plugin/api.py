@@ -11,21 +11,22 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .blocks import SparseBlock, find_sparse_blocks, model_shape
 from .calibration import calibration_for, checkpoint_tokenizer, load_calibration
-from .condensed import apply_layers, become_condensed, note_refit, refuse_condensed, refuse_quantised
+from .condense.apply import apply_layers, become_condensed, note_refit, refuse_condensed, refuse_quantised
+from .condense.refit import check_calibration, refit_layers
+from .condense.trimming.blocks import check_trimming, trim_blocks
 from .config import CondenseConfig
-from .layerwise import searching
-from .loading import hub_kwargs, load_condensed, load_sparse, sketch_model
+from .decoder.stream import searching
+from .loading.load import hub_kwargs, load_condensed, load_sparse, sketch_model
 from .offload import unreachable
 from .plan import CondensedLayer, CondensePlan
-from .processes import Processes
-from .refit import check_calibration, refit_layers
-from .search import PlanSearch, check_methods
-from .selection.layers import LayerOrder
-from .sparse import SparseBlock, check_config, find_sparse_blocks, model_shape
-from .spreading import spread_budget, uniformly
-from .state import SearchState, fingerprint
-from .trimming import check_trimming, trim_blocks
+from .search.check import check_config, check_methods
+from .search.layers.methods import LayerOrder
+from .search.plan_search import PlanSearch
+from .search.processes import Processes
+from .search.spread_budget import spread_budget, uniformly
+from .search.state import SearchState, fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .config import CondenseConfig, is_int
-from .sources import C4_FILES, C4_NAME, TEXTS, is_local, open_file, open_hub
+from .checks import is_int
+from .config import CondenseConfig
+from .data import C4_FILES, C4_NAME, TEXTS, is_local, open_file, open_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
-from .budget import read_budget
+from .checks import is_int
+from .sizes import read_budget
 
 # Fields that are a whole number or text.
 _NUMBERS_OR_WORDS = ("num_experts", "expert_budget")
@@ -220,11 +221,6 @@ class CondenseConfig:
         if unknown:
             raise ValueError(f"CondenseConfig has no field {', '.join(map(repr, unknown))}.")
         return cls(**values)
-
-
-def is_int(value: object) -> bool:
-    """Whether `value` is a whole number (and not a bool, which Python counts among them)."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def condense_arguments(prefix: str = "") -> type:

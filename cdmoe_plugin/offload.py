@@ -118,6 +118,19 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
     attach_align_device_hook(module, device, offload=True, weights_map=on_disk)
 
 
+def checkpoint_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """A model's weights by the names of its checkpoint, where the source of offloaded weights can give them.
+
+    A source can if it has a method `checkpoint_state`, as `loading.layers_on_disk.CheckpointLayers` does.
+    """
+    for module in model.modules():
+        for hook in offloading_hooks(module):
+            source = getattr(weights_source(hook), "state_dict", None)
+            if hasattr(source, "checkpoint_state"):
+                return source.checkpoint_state(model)
+    return None
+
+
 def release_freed_memory() -> None:
     """Gives the system back what is free between pieces in use, where the C library can (glibc does not by itself)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

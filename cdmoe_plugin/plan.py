@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .config import FORMS, is_int
-from .files import read_json, write_json
+from .atomic import read_json, write_json
+from .checks import is_int, read_by_layer, read_flat_mapping, read_list, read_object, read_real, read_whole, short
+from .config import FORMS
+from .reference import read_reference
 
 VERSION = 1
 
@@ -45,16 +45,16 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: Any) -> ModelShape:
-        fields = _object(values, "model", cls.__dataclass_fields__)
+        fields = read_object(values, "model", cls.__dataclass_fields__)
         if not isinstance(fields["model_type"], str):
             raise ValueError(f"`model.model_type` should be a string, but is {fields['model_type']!r}.")
         for name in ("num_hidden_layers", "hidden_size"):
-            _whole(fields[name], f"model.{name}")
+            read_whole(fields[name], f"model.{name}")
         rows = []
-        for i, row in enumerate(_list(fields["sparse_layers"], "model.sparse_layers")):
+        for i, row in enumerate(read_list(fields["sparse_layers"], "model.sparse_layers")):
             where = f"model.sparse_layers[{i}]"
-            row = _object(row, where, SparseLayerShape.__dataclass_fields__)
-            rows.append(SparseLayerShape(**{k: _whole(v, f"{where}.{k}") for k, v in row.items()}))
+            row = read_object(row, where, SparseLayerShape.__dataclass_fields__)
+            rows.append(SparseLayerShape(**{k: read_whole(v, f"{where}.{k}") for k, v in row.items()}))
         return cls(**{**fields, "sparse_layers": rows})
 
 
@@ -83,10 +83,10 @@ class CondensedLayer:
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "layer") -> CondensedLayer:
-        fields = _object(values, where, cls.__dataclass_fields__)
-        _whole(fields["layer"], f"{where}.layer")
-        experts = [_whole(e, f"{where}.experts") for e in _list(fields["experts"], f"{where}.experts")]
-        gates = [read_real(g, f"{where}.gates") for g in _list(fields["gates"], f"{where}.gates")]
+        fields = read_object(values, where, cls.__dataclass_fields__)
+        read_whole(fields["layer"], f"{where}.layer")
+        experts = [read_whole(e, f"{where}.experts") for e in read_list(fields["experts"], f"{where}.experts")]
+        gates = [read_real(g, f"{where}.gates") for g in read_list(fields["gates"], f"{where}.gates")]
         if len(set(experts)) < len(experts):
             raise ValueError(f"`{where}.experts` names an expert more than once: {experts}.")
         if len(gates) != len(experts):
@@ -95,7 +95,7 @@ class CondensedLayer:
             read_real(fields["score"], f"{where}.score")
         scores = fields["expert_scores"]
         if scores is not None:
-            scores = [read_real(s, f"{where}.expert_scores") for s in _list(scores, f"{where}.expert_scores")]
+            scores = [read_real(s, f"{where}.expert_scores") for s in read_list(scores, f"{where}.expert_scores")]
             if len(scores) != len(experts) + 1:
                 raise ValueError(
                     f"`{where}.expert_scores` should have {len(experts) + 1} values, one more than there are experts, "
@@ -141,7 +141,7 @@ class CondensePlan:
         if not self.layers:
             raise ValueError("The plan condenses no layer.")
         if self.form not in FORMS:
-            raise ValueError(f"`form` should be one of {', '.join(map(repr, FORMS))}, but is {_short(self.form)}.")
+            raise ValueError(f"`form` should be one of {', '.join(map(repr, FORMS))}, but is {short(self.form)}.")
         keeping = [layer.layer for layer in self.layers if layer.experts]
         if self.form != "condense" and keeping:
             raise ValueError(f"The plan's form is {self.form!r}, but its decoder layers {keeping} keep experts.")
@@ -168,16 +168,16 @@ class CondensePlan:
             raise ValueError(
                 f"This is no condense plan of version {VERSION}, the one that this package reads (found {version!r})."
             )
-        fields = _object(values, "plan", {"version": None, **cls.__dataclass_fields__})
-        layers = _list(fields["layers"], "layers")
+        fields = read_object(values, "plan", {"version": None, **cls.__dataclass_fields__})
+        layers = read_list(fields["layers"], "layers")
         return cls(
             layers=[CondensedLayer.from_dict(row, f"layers[{i}]") for i, row in enumerate(layers)],
             model=None if fields["model"] is None else ModelShape.from_dict(fields["model"]),
-            config=_flat_mapping(fields["config"], "config"),
-            calibration=_flat_mapping(fields["calibration"], "calibration"),
-            layer_divergences=_by_layer(fields["layer_divergences"], "layer_divergences"),
+            config=read_flat_mapping(fields["config"], "config"),
+            calibration=read_flat_mapping(fields["calibration"], "calibration"),
+            layer_divergences=read_by_layer(fields["layer_divergences"], "layer_divergences"),
             form=fields["form"],
-            layer_similarities=_by_layer(fields["layer_similarities"], "layer_similarities"),
+            layer_similarities=read_by_layer(fields["layer_similarities"], "layer_similarities"),
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -211,10 +211,9 @@ class CondensePlan:
         layer_order: str | os.PathLike | Sequence[int],
         first_sparse_layer: int = 1,
     ) -> CondensePlan:
-        """Reads the result files that the paper's authors publish; see `cdmoe_plugin.reference.plan_from_reference`."""
-        from .reference import plan_from_reference
-
-        return plan_from_reference(expert_weights, expert_order, layer_order, first_sparse_layer)
+        """Reads the result files that the paper's authors publish; see `cdmoe_plugin.reference.read_reference`."""
+        rows = read_reference(expert_weights, expert_order, layer_order, first_sparse_layer)
+        return cls([CondensedLayer.from_dict(row, f"layer {row['layer']}") for row in rows])
 
     # --- use ---
 
@@ -267,7 +266,7 @@ class CondensePlan:
             ValueError: if `form` is another one.
         """
         if form not in FORMS[1:]:
-            raise ValueError(f"`form` should be 'trim_layer' or 'trim_block', but is {_short(form)}.")
+            raise ValueError(f"`form` should be 'trim_layer' or 'trim_block', but is {short(form)}.")
         if form == self.form:
             return self
         layers = [CondensedLayer(layer.layer, [], []) for layer in self.layers]
@@ -327,87 +326,5 @@ def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> 
     )
 
 
-# --- reading what somebody may have edited ---------------------------------------------------------------------------
-
-
-def _object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all `fields`, of which those that a dataclass gives a default may be missing."""
-    values = _mapping(values, where)
-    unknown = sorted(set(values) - set(fields), key=str)
-    if unknown:
-        raise ValueError(f"`{where}` has unknown fields {unknown}; known are {sorted(fields)}.")
-    found = {}
-    for name, spec in fields.items():
-        default = MISSING if spec is None else spec.default
-        if name not in values and default is MISSING:
-            raise ValueError(f"`{where}` lacks the field `{name}`.")
-        found[name] = values.get(name, default)
-    return found
-
-
-def _mapping(values: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`{where}` should be an object, but is {_short(values)}.")
-    return values
-
-
-def _flat_mapping(values: Any, where: str) -> dict[str, Any] | None:
-    """An object of plain values (texts, numbers, None, or lists of whole numbers), or None."""
-    if values is None:
-        return None
-    for name, value in _mapping(values, where).items():
-        if isinstance(value, list):
-            for item in value:
-                _whole(item, f"{where}.{name}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            read_real(value, f"{where}.{name}")
-        elif value is not None and not isinstance(value, (str, bool)):
-            raise ValueError(f"`{where}.{name}` should be a plain value, but is {_short(value)}.")
-    return dict(values)
-
-
-def _list(values: Any, where: str) -> list[Any]:
-    if not isinstance(values, list):
-        raise ValueError(f"`{where}` should be a list, but is {_short(values)}.")
-    return values
-
-
-def _whole(value: Any, where: str) -> int:
-    if not is_int(value) or value < 0:
-        raise ValueError(f"`{where}` should be a whole number from 0, but is {_short(value)}.")
-    return value
-
-
-def read_real(value: Any, where: str) -> float:
-    """A finite number.
-
-    Raises:
-        ValueError: naming the place, if `value` is none.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # A whole number may be too large for a float.
-    if not number or abs(value) > sys.float_info.max or math.isnan(value):
-        raise ValueError(f"`{where}` should be a finite number, but is {_short(value)}.")
-    return float(value)
-
-
-def _by_layer(values: Any, where: str) -> dict[int, float] | None:
-    """Numbers by decoder layer, or None."""
-    if values is None:
-        return None
-    return {_layer_key(k, where): read_real(v, f"{where}.{k}") for k, v in _mapping(values, where).items()}
-
-
-def _layer_key(key: Any, where: str) -> int:
-    if not (isinstance(key, str) and key.isascii() and key.isdigit()):
-        raise ValueError(f"`{where}` should have layer indices as keys, but has {_short(key)}.")
-    return int(key)
-
-
 def _string_keys(values: dict[int, float] | None) -> dict[str, float] | None:
     return None if values is None else {str(key): value for key, value in values.items()}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,18 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import is_int
-from .files import read_json
-from .plan import CondensedLayer, CondensePlan
+from .atomic import read_json
+from .checks import is_int
 
 
-def plan_from_reference(
+def read_reference(
     expert_weights: str | os.PathLike | Mapping[str, Sequence[float]],
     expert_order: str | os.PathLike | Mapping[str, Sequence[int]],
     layer_order: str | os.PathLike | Sequence[int],
     first_sparse_layer: int = 1,
-) -> CondensePlan:
-    """Builds a plan from the authors' three files (paths, or their parsed contents).
+) -> list[dict[str, Any]]:
+    """Read the authors' three files (paths, or their parsed contents) as the condensed layers of a plan.
 
     Their files count sparse layers from 0; plans count decoder layers.
 
@@ -28,7 +27,7 @@ def plan_from_reference(
         first_sparse_layer (`int`, defaults to 1): Decoder layer index of their layer 0 (DeepSeekMoE-16B: 1).
 
     Returns:
-        `CondensePlan`: without scores and without a model's sizes, which the files do not tell.
+        `list[dict]`: Decoder layer, experts and gates of each condensed layer, in the order of their selection.
 
     Raises:
         ValueError: naming the layer or expert, if a file has another shape or lacks one that another file names.
@@ -50,7 +49,7 @@ def plan_from_reference(
                 "gates": [_mean_gate(weights, index, expert) for expert in chosen],
             }
         )
-    return CondensePlan([CondensedLayer.from_dict(row, f"layer {row['layer']}") for row in rows])
+    return rows
 
 
 def _read(source: Any, kind: type, name: str) -> Any:

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from cdmoe_plugin import CondenseConfig, condense_pretrained, search_plan
-from cdmoe_plugin.report import format_table, plan_table, plot_layer_divergences
+from cdmoe_plugin.cards.plots import plot_layer_divergences
+from cdmoe_plugin.cards.tables import format_table, plan_table
 
 CONFIG = CondenseConfig(num_layers=4, num_experts=4, num_samples=64, max_length=256)
 

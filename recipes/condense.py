@@ -45,8 +45,8 @@ from pathlib import Path
 from typing import Any
 
 from cdmoe_plugin import CondenseConfig
+from cdmoe_plugin.atomic import STAGING, replacing_files
 from cdmoe_plugin.config import condense_arguments, unused_with_plan
-from cdmoe_plugin.saving_cdmoe import STAGING, replacing_files
 
 
 @dataclass
@@ -150,8 +150,9 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     from cdmoe_plugin import CondensePlan, condense_pretrained
-    from cdmoe_plugin.export_check import check_export
-    from cdmoe_plugin.report import dry_run, plan_table
+    from cdmoe_plugin.cards.tables import plan_table
+    from cdmoe_plugin.estimate import dry_run
+    from cdmoe_plugin.export.check import check_export
 
     if args.export_approximate and args.export_stock is None:
         raise ValueError("`--export_approximate` does nothing without `--export_stock`.")
@@ -224,7 +225,7 @@ def in_one_place(model: Any, saved: Path) -> Any:
     """The model; where its weights are on several devices or on disk, its checkpoint, opened again on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from cdmoe_plugin.modeling_cdmoe import CondensedModelMixin
+    from cdmoe_plugin.model.modeling_cdmoe import CondensedModelMixin
     from cdmoe_plugin.offload import is_offloaded
 
     is_one = len({parameter.device for parameter in model.parameters()}) == 1 and not is_offloaded(model)

@@ -229,8 +229,8 @@ def open_model(start: str, previous: Path | None, training_args: Any, model_args
     from transformers import AutoConfig
     from trl import get_quantization_config
 
+    from cdmoe_plugin.model.training import quantised_around_condensed
     from cdmoe_plugin.recovery import open_stage_model
-    from cdmoe_plugin.training import quantised_around_condensed
 
     kwargs = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype, **hub}
     compute = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
@@ -399,7 +399,7 @@ def plan_of(args: RecoveryArguments, condense: dict[str, Any]) -> Any:
 def describe_base(args: RecoveryArguments, model_args: Any, condense: dict[str, Any], hub: dict[str, Any]) -> str:
     """What condensing the base model would save."""
     from cdmoe_plugin import CondenseConfig
-    from cdmoe_plugin.report import dry_run
+    from cdmoe_plugin.estimate import dry_run
 
     request = plan_of(args, condense) or CondenseConfig(**condense)
     return dry_run(model_args.model_name_or_path, request, dtype=model_args.dtype or "auto", **hub)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, search_plan, unread
-from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
-from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, search_plan
+from cdmoe_plugin.blocks import find_sparse_blocks
+from cdmoe_plugin.loading import tensors as unread
+from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
+from cdmoe_plugin.search.layers.methods import LAYER_SELECTIONS
 
 from .tiny_models import (
     ARCHITECTURES,

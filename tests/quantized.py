@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.blocks import find_sparse_blocks
 
 from .conftest import build
 from .tiny_models import random_ids, tiny_model

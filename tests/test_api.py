@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, condensed, search_plan
-from cdmoe_plugin.report import plot_layer_divergences
+from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
+from cdmoe_plugin.cards.plots import plot_layer_divergences
+from cdmoe_plugin.condense import apply as condensed
 from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids(5)

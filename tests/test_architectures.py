@@ -28,10 +28,10 @@ from cdmoe_plugin import (
     condensed_module_names,
     search_plan,
 )
-from cdmoe_plugin.budget import LayerBudget
-from cdmoe_plugin.condensed import fold
-from cdmoe_plugin.sparse import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
-from cdmoe_plugin.sparse import block as block_room
+from cdmoe_plugin.blocks import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
+from cdmoe_plugin.blocks import block as block_room
+from cdmoe_plugin.condense.fold import fold
+from cdmoe_plugin.search.budget import LayerBudget
 
 from .conftest import IDS, SEARCHABLE, TYPES, differing, output, state, uniform_sparse
 from .naive import naive_bias, naive_gated_expert, naive_glus, naive_norm, naive_own_route, naive_shared

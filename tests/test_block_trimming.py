@@ -13,15 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cdmoe_plugin import (
-    CondenseConfig,
-    CondensePlan,
-    apply_plan,
-    condense_pretrained,
-    unfreeze_condensed,
-)
-from cdmoe_plugin.report import dry_run
-from cdmoe_plugin.sparse import UnsupportedModelError, find_sparse_blocks
+from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, unfreeze_condensed
+from cdmoe_plugin.blocks import UnsupportedModelError, find_sparse_blocks
+from cdmoe_plugin.estimate import dry_run
 
 from .conftest import IDS, SEARCHABLE, differing, sparse_model, state, state_of
 from .naive import layers_of

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer
 
 from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.report import dry_run
-from cdmoe_plugin.sparse import UnsupportedModelError
-from cdmoe_plugin.trimmed_config import readings
+from cdmoe_plugin.blocks import UnsupportedModelError
+from cdmoe_plugin.condense.trimming.config import readings
+from cdmoe_plugin.estimate import dry_run
 
 from .conftest import IDS, differing, state_of
 from .tiny_models import tiny_model

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
-from cdmoe_plugin.condensed import condensed_layers
-from cdmoe_plugin.search import check_methods
-from cdmoe_plugin.state import FILE, SearchState, _checksum
+from cdmoe_plugin.model.lookup import condensed_layers
+from cdmoe_plugin.search.check import check_methods
+from cdmoe_plugin.search.state import FILE, SearchState, _checksum
 from tests.broken_json import ODD, RAW, VALUES, edited, places, written
 from tests.conftest import some_plan
 from tests.tiny_models import random_ids, tiny_model

@@ -12,13 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cdmoe_plugin import (
-    CondenseConfig,
-    CondensedLayer,
-    CondensePlan,
-    search_plan,
-)
-from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
+from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, search_plan
+from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
 
 from . import naive
 from .conftest import build

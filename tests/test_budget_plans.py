@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, api, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.report import dry_run, plan_table
-from cdmoe_plugin.state import FILE, SearchState
+from cdmoe_plugin.cards.tables import plan_table
+from cdmoe_plugin.estimate import dry_run
+from cdmoe_plugin.search.state import FILE, SearchState
 
 from .test_budget import AUTO, EXPERT, SEQUENCES, helpful
 from .test_state import Interrupted, interrupting

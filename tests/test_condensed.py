@@ -26,8 +26,8 @@ from cdmoe_plugin import (
     search_plan,
     unfreeze_condensed,
 )
-from cdmoe_plugin.condensed import fold
-from cdmoe_plugin.sparse import find_sparse_blocks, hidden_of
+from cdmoe_plugin.blocks import find_sparse_blocks, hidden_of
+from cdmoe_plugin.condense.fold import fold
 
 from .conftest import (
     FOLDS,

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-from cdmoe_plugin.models.deepseek import modeling_deepseek as deepseek
+from cdmoe_plugin.model import modeling_deepseek as deepseek
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 # A config.json as the original release writes it, but tiny

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from cdmoe_plugin import CondensePlan, apply_plan, condensed_module_names, unfreeze_condensed
-from cdmoe_plugin.condensed import condensed_layers
+from cdmoe_plugin.blocks import find_sparse_blocks
+from cdmoe_plugin.model.lookup import condensed_layers
 from cdmoe_plugin.recovery import Distillation, condensed_parameters, load_teacher_blocks
-from cdmoe_plugin.sparse import find_sparse_blocks
 from tests.conftest import differing, some_plan, sparse_model, state
 from tests.recovery import condensed_model, lm_rows, make_trainer
 from tests.tiny_models import available, tiny_model

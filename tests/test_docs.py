@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoConfig
 
 from cdmoe_plugin import CondenseConfig
-from cdmoe_plugin.report import dry_run
+from cdmoe_plugin.estimate import dry_run
 
 from .docs_pages import EXEMPT, FENCE, PAGES, blocks_of, run_page
 from .docs_place import link_recipes, make_place, write_condensed

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from cdmoe_plugin import apply_plan, unfreeze_condensed
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.blocks import find_sparse_blocks
 from tests.conftest import build, keys_on_disk, some_plan, sparse_model, state
 from tests.tiny_models import tiny_model
 

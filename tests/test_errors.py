@@ -11,9 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condense_pretrained, search_plan
+from cdmoe_plugin.blocks import UnsupportedModelError
 from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.selection import experts, gates, layers, outputs
-from cdmoe_plugin.sparse import UnsupportedModelError
+from cdmoe_plugin.search import gates
+from cdmoe_plugin.search.experts import greedy as experts
+from cdmoe_plugin.search.layers import methods as layers
+from cdmoe_plugin.search.layers import outputs
 from tests.tiny_models import REFUSED, available, random_ids, tiny_model
 
 IDS = random_ids()

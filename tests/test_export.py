@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, condense_pretrained, export_stock
-from cdmoe_plugin.condensed import condensed_layers
-from cdmoe_plugin.export import StockExport
-from cdmoe_plugin.sparse import UnsupportedModelError
+from cdmoe_plugin.blocks import UnsupportedModelError
+from cdmoe_plugin.export.stock import StockExport
+from cdmoe_plugin.model.lookup import condensed_layers
 
 from .conftest import differing, keys_on_disk, some_plan, sparse_model, state_of
 from .exporting import CASES, condensed, opened, output, same

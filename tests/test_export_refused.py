@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from cdmoe_plugin import apply_plan, export_stock
-from cdmoe_plugin.condensed import condensed_layers
+from cdmoe_plugin.blocks import UnsupportedModelError
 from cdmoe_plugin.divergence import js_divergence
-from cdmoe_plugin.sparse import UnsupportedModelError
+from cdmoe_plugin.model.lookup import condensed_layers
 
 from .conftest import IDS, differing, sparse_model, state_of
 from .exporting import GATED, NEVER, condensed, opened, output, same

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cdmoe_plugin.files import read_json, write_json
+from cdmoe_plugin.atomic import read_json, write_json
 from tests.killing import KILLED, dying_before, run
 
 OLD, NEW = {"a": [1, 2]}, {"a": list(range(1000))}

@@ -12,7 +12,7 @@ import torch
 
 from cdmoe_plugin import CondenseConfig, search_plan
 from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.selection import comparison
+from cdmoe_plugin.search.experts import comparison
 from tests.tiny_models import random_ids, tiny_model
 
 

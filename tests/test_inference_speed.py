@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
-from cdmoe_plugin.condensed import condensed_layers
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.blocks import find_sparse_blocks
+from cdmoe_plugin.model.lookup import condensed_layers
 from tests.conftest import sparse_model
 
 BENCHMARKS = Path(__file__).parent.parent / "recipes" / "benchmarks"

@@ -14,8 +14,9 @@ import pytest
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import apply_plan, saving_cdmoe
-from cdmoe_plugin.saving_cdmoe import replacing_files
+from cdmoe_plugin import apply_plan
+from cdmoe_plugin import atomic as saving_cdmoe
+from cdmoe_plugin.atomic import replacing_files
 from tests.conftest import differing, some_plan, state
 from tests.killing import KILLED, dying_before, end, run, run_and_kill, start
 from tests.tiny_models import tiny_model

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
 from cdmoe_plugin.divergence import METRICS, perplexities
-from cdmoe_plugin.selection import layers as layer_room
-from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
-from cdmoe_plugin.selection.layers import LAYER_SELECTIONS
-from cdmoe_plugin.selection.outputs import COMPARE, MODEL_METRICS
-from cdmoe_plugin.state import SearchState
+from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
+from cdmoe_plugin.search.layers import methods as layer_room
+from cdmoe_plugin.search.layers.methods import LAYER_SELECTIONS
+from cdmoe_plugin.search.layers.outputs import COMPARE, MODEL_METRICS
+from cdmoe_plugin.search.state import SearchState
 
 from .conftest import build
 from .naive_methods import naive_distance, naive_own_divergences, naive_perplexities, order_of

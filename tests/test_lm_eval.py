@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from cdmoe_plugin import CondensePlan, apply_plan, condensed_module_names
-from cdmoe_plugin.lm_eval_model import CDMoELM
-from cdmoe_plugin.measure import generation_speed, peak_memory, weight_bytes
+from cdmoe_plugin.integrations.lm_eval_model import CDMoELM
+from cdmoe_plugin.integrations.measure import generation_speed, peak_memory, weight_bytes
 
 from .conftest import differing
 from .lm_eval_cases import ROWS, TASKS, Case, answers, evaluate, make_case

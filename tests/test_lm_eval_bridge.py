@@ -54,7 +54,7 @@ def test_without_pth_files(
 
     monkeypatch.delitem(model_registry._objs, "cdmoe")
     monkeypatch.setattr(sys, "argv", ["lm_eval", *options(case, tmp_path, f"pretrained={case.condensed}")])
-    runpy.run_module("cdmoe_plugin.evaluate", run_name="__main__")
+    runpy.run_module("cdmoe_plugin.integrations.lm_eval_cli", run_name="__main__")
     assert answers(read_results(tmp_path)) == expected
 
 
@@ -111,10 +111,10 @@ def test_switched_off() -> None:
 def test_steps_aside_where_lm_eval_finds_plugins() -> None:
     code = "import lm_eval.api.registry as r; r.load_plugins = print; " + STATE + "assert 'cdmoe' not in models"
     assert python(code) == ""
-    from cdmoe_plugin.lm_eval_model import CDMoELM
+    from cdmoe_plugin.integrations.lm_eval_model import CDMoELM
 
     found = {entry.value: entry.load() for entry in entry_points(group="lm_eval.models", name="cdmoe")}
-    assert found == {"cdmoe_plugin.lm_eval_model:CDMoELM": CDMoELM}
+    assert found == {"cdmoe_plugin.integrations.lm_eval_model:CDMoELM": CDMoELM}
 
 
 @pytest.mark.parametrize("registry", [None, "", "model_registry = 3", "raise OSError"])

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained
-from cdmoe_plugin.card_sections import base_metadata
-from cdmoe_plugin.model_card import add_results
+from cdmoe_plugin.cards.condensed import add_results
+from cdmoe_plugin.cards.sections import base_metadata
 from tests.recovery import lm_rows, load_recipe, word_tokenizer
 from tests.tiny_models import tiny_model
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.api import sketch_model
-from cdmoe_plugin.layer_files import CheckpointLayers
+from cdmoe_plugin.loading.layers_on_disk import CheckpointLayers
 from tests.conftest import build
 from tests.recovery import load_recipe
 from tests.tiny_models import available, random_ids, tiny_model

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 
 from cdmoe_plugin import CondenseConfig, condense_pretrained
-from cdmoe_plugin.modeling_cdmoe import condensed_model_class
-from cdmoe_plugin.models.deepseek.modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from cdmoe_plugin.model.classes import condensed_model_class
+from cdmoe_plugin.model.modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
 from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids()
 NAMES = {"qwen2_moe": "Qwen2Moe", "granitemoeshared": "GraniteMoeShared", "gpt_oss": "GptOss", "deepseek": "Deepseek"}
-CODE = ("modeling_cdmoe.py", "layers_cdmoe.py", "saving_cdmoe.py")
+CODE = {name: {"modeling_cdmoe.py", "layers_cdmoe.py"} for name in NAMES}
+CODE["deepseek"].add("modeling_deepseek.py")
 COMMIT = 40 * "a"
 MISSING = object()
 
@@ -149,13 +150,13 @@ def run(program: str, root: Path, tmp_path: Path) -> dict[str, Any]:
 def test_with_the_package(root: Path, tmp_path: Path) -> None:
     found = run(WITH_PACKAGE + OPEN + LOCALLY, root, tmp_path)
     # Importing the package costs next to nothing: no architecture, and none of the libraries that only some need.
-    assert found["imported"] == ["cdmoe_plugin", "cdmoe_plugin.registration"]
+    assert found["imported"] == ["cdmoe_plugin", "cdmoe_plugin.model", "cdmoe_plugin.model.registration"]
     heavy = {"trl", "peft", "lm_eval", "datasets", "matplotlib", "bitsandbytes"}
     assert not heavy & {name.partition(".")[0] for name in found["all"]}
     files = [name for name in found["all"] if name.startswith("transformers.models.") and ".modeling_" in name]
     assert files == ["transformers.models.auto.modeling_auto"]
 
-    ours = "cdmoe_plugin.modeling_cdmoe"
+    ours = "cdmoe_plugin.model.classes"
     for name, prefix in NAMES.items():
         assert found[name] == [ours, f"CDMoE{prefix}ForCausalLM", True]
     assert found["config"] == "CDMoEQwen2MoeConfig"
@@ -180,10 +181,11 @@ def test_as_remote_code(root: Path, tmp_path: Path) -> None:
             assert (module.partition(".")[0], class_name) == ("transformers_modules", f"CDMoE{prefix}ForCausalLM")
             assert same
         assert plan == json.loads((root / name / "condense_plan.json").read_text())
-        for file in ("model.safetensors", "config.json", "condense_plan.json", *CODE):
+        for file in ("model.safetensors", "config.json", *CODE[name]):
             assert (root / "again" / name / file).read_bytes() == (root / name / file).read_bytes(), (name, file)
         module, *rest = found[f"{name} of the hub"]
-        assert module == f"transformers_modules.me.{name}.{COMMIT}.modeling_cdmoe"
+        with_classes = "modeling_deepseek" if name == "deepseek" else "modeling_cdmoe"
+        assert module == f"transformers_modules.me.{name}.{COMMIT}.{with_classes}"
         assert rest == [f"CDMoE{prefix}ForCausalLM", True]
         assert found[f"{name} unknown"] is False
     for name in ("qwen2_moe", "deepseek"):
@@ -201,18 +203,20 @@ def test_with_neither(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_code_stands_alone(name: str, root: Path) -> None:
-    """It imports torch, transformers, and what lies beside it."""
-    for file in CODE:
-        nodes = list(ast.walk(ast.parse((root / name / file).read_text())))
+    """It imports torch, transformers, and what lies beside it; there is little of it, and nothing that touches files."""
+    assert {path.name for path in (root / name).glob("*.py")} == CODE[name]
+    texts = {file: (root / name / file).read_text() for file in CODE[name]}
+    assert sum(len(texts[file].splitlines()) for file in ("modeling_cdmoe.py", "layers_cdmoe.py")) <= 450
+    for text in texts.values():
+        nodes = list(ast.walk(ast.parse(text)))
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {"." * node.level + str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
         beside = {module for module in imported if module.startswith(".")}
-        assert {f"{module[1:]}.py" for module in beside} == (set(CODE[1:]) if file == CODE[0] else set())
+        assert {f"{module[1:]}.py" for module in beside} < CODE[name]
         roots = {module.partition(".")[0] for module in imported - beside}
-        libraries = set() if file == "saving_cdmoe.py" else {"torch", "transformers"}
-        assert roots - set(sys.stdlib_module_names) == libraries
-        own = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
-        assert ("DeepseekForCausalLM" in own) == (name == "deepseek" and file == CODE[0])
+        assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+        assert not roots & {"ctypes", "fcntl", "glob", "io", "os", "pathlib", "shutil", "subprocess", "tempfile"}
+        assert not {"open", "exec", "eval"} & {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 # --- checkpoints that are not what they say ---

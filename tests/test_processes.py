@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
-from cdmoe_plugin.processes import Processes
+from cdmoe_plugin.search.processes import Processes
 from tests.recovery import WORDS, load_recipe, word_tokenizer
 from tests.tiny_models import random_ids, tiny_model
 

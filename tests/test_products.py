@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
-from cdmoe_plugin.selection import products
-from cdmoe_plugin.selection.products import SquaredErrors
+from cdmoe_plugin.search.experts import gram as products
+from cdmoe_plugin.search.experts.gram import SquaredErrors
 
 from .conftest import Record, build, record
 from .naive_methods import naive_own_divergences

@@ -20,7 +20,7 @@ from tests.conftest import some_plan
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
-CODE = {"modeling_cdmoe.py", "layers_cdmoe.py", "saving_cdmoe.py"}
+CODE = {"modeling_cdmoe.py", "layers_cdmoe.py"}
 FILES = {"README.md", "config.json", "condense_plan.json", "generation_config.json", "model.safetensors", *CODE}
 PROGRAM = """
 import sys

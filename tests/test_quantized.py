@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan, modeling_cdmoe
-from cdmoe_plugin.condensed import condensed_layers
+from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
+from cdmoe_plugin.model import bitsandbytes
+from cdmoe_plugin.model.lookup import condensed_layers
 from tests.conftest import differing, state
 from tests.quantized import (
     IDS,
@@ -158,7 +159,7 @@ assert "cdmoe_plugin" not in sys.modules
 def test_narrow_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' kernel for some CPUs mixes up blocks of weights where rows end within a block."""
     said: list[str] = []
-    monkeypatch.setattr(modeling_cdmoe.logger, "warning", said.append)
+    monkeypatch.setattr(bitsandbytes.logger, "warning", said.append)
     apply_plan(tiny_model("mixtral"), CondensePlan([CondensedLayer(0, [1], [1.0])])).save_pretrained(tmp_path)
     open_in(tmp_path, "int8")
     assert said == []

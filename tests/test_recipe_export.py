@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, export_stock
-from cdmoe_plugin.export_check import check_export
-from cdmoe_plugin.sparse import UnsupportedModelError
+from cdmoe_plugin.blocks import UnsupportedModelError
+from cdmoe_plugin.export.check import check_export
 from tests.conftest import FROM_DISK, some_plan, sparse_model
 from tests.exporting import CASES, NEVER, output, same
 from tests.recovery import lm_rows, load_recipe, word_tokenizer

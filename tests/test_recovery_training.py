@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from cdmoe_plugin import apply_plan, condensed_module_names, search_plan
+from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.config import CondenseConfig
+from cdmoe_plugin.model.training import quantised_around_condensed
 from cdmoe_plugin.recovery import condensed_parameters, load_condensed_weights
 from cdmoe_plugin.recovery.trainer import fill_up
-from cdmoe_plugin.sparse import find_sparse_blocks
-from cdmoe_plugin.training import quantised_around_condensed
 from tests.conftest import FROM_DISK, IDS, build, differing, some_plan, sparse_model, state
 from tests.recovery import condensed_model, lm_rows, make_trainer, sft_rows, word_tokenizer
 from tests.tiny_models import tiny_model

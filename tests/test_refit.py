@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.condensed import condensed_layers
-from cdmoe_plugin.refit.down_proj import STRENGTHS
+from cdmoe_plugin.condense.refit.ridge import STRENGTHS
+from cdmoe_plugin.model.lookup import condensed_layers
 from tests.conftest import differing, some_plan, sparse_model, state, uniform
 from tests.naive import naive_glus
 from tests.tiny_models import available, tiny_model

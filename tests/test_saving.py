@@ -18,7 +18,7 @@ from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids()
 WRITTEN = {"model.safetensors", "config.json", "generation_config.json", "condense_plan.json", "README.md"}
-WRITTEN |= {"modeling_cdmoe.py", "layers_cdmoe.py", "saving_cdmoe.py"}
+WRITTEN |= {"modeling_cdmoe.py", "layers_cdmoe.py"}
 # What others may keep in the same folder.
 OTHERS = {"tokenizer.json": "{}", "optimizer.pt": "adam", "logs/events.1": "", ".me": "1", "model.safetensors.old": ""}
 

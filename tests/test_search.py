@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
+from cdmoe_plugin.decoder.tails import AffineTail, PlaybackTail, StreamsTail
 from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.playback import AffineTail, PlaybackTail, StreamsTail
-from cdmoe_plugin.selection import comparison
-from cdmoe_plugin.selection.experts import EXPERT_SELECTIONS
+from cdmoe_plugin.search.experts import comparison
+from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
 
 from . import naive
 from .conftest import Record, build, state_of

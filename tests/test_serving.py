@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
-from cdmoe_plugin.sparse import find_sparse_blocks
+from cdmoe_plugin.blocks import find_sparse_blocks
 from tests.conftest import some_plan, sparse_model
 from tests.tiny_models import tiny_model
 
@@ -148,7 +148,7 @@ import transformers
 name, _, function = sys.argv[2].partition(":")
 for _ in range(2):
     getattr(import_module(name), function)()
-assert "cdmoe_plugin.condensed" not in sys.modules  # cheap: no model code yet
+assert "cdmoe_plugin.model.classes" not in sys.modules  # cheap: no model code yet
 from transformers import AutoConfig, AutoModel
 import torch
 found = {}

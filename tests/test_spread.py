@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
-from cdmoe_plugin.budget import LayerBudget, read_budget
 from cdmoe_plugin.config import condense_arguments
-from cdmoe_plugin.selection import spread as module
-from cdmoe_plugin.selection.spread import estimated_effects, spread
+from cdmoe_plugin.search import knapsack as module
+from cdmoe_plugin.search.budget import LayerBudget
+from cdmoe_plugin.search.knapsack import estimated_effects, spread
+from cdmoe_plugin.sizes import read_budget
 
 from .conftest import some_plan
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cdmoe_plugin import CondenseConfig, search_plan
-from cdmoe_plugin.state import FILE, SearchState
+from cdmoe_plugin.search.state import FILE, SearchState
 from tests.tiny_models import random_ids, tiny_model
 
 CONFIG = CondenseConfig(num_layers=2, num_experts=2)

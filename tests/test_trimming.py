@@ -24,9 +24,10 @@ from cdmoe_plugin import (
     search_plan,
     unfreeze_condensed,
 )
-from cdmoe_plugin.report import dry_run, plan_table
-from cdmoe_plugin.selection import layers as layer_selection
-from cdmoe_plugin.sparse import UnsupportedModelError, find_sparse_blocks
+from cdmoe_plugin.blocks import UnsupportedModelError, find_sparse_blocks
+from cdmoe_plugin.cards.tables import plan_table
+from cdmoe_plugin.estimate import dry_run
+from cdmoe_plugin.search.layers import methods as layer_selection
 
 from .conftest import IDS, SEARCHABLE, Reads, build, differing, experts_read, sparse_model, state, state_of
 from .naive import sparse_blocks

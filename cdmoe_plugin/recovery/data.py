@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from transformers.utils import logging
 
-from ..sources import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
+from ..data import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset

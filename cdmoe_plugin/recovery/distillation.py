@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..condensed import condensed_layers, standing_in
-from ..layerwise import decoder_of
-from ..loading import check_whole
+from ..blocks import SparseBlock, find_sparse_blocks, hidden_of, model_shape
+from ..condense.place import standing_in
+from ..decoder.stream import decoder_of
+from ..loading.load import check_whole
+from ..model.lookup import condensed_layers
 from ..plan import CondensePlan
-from ..sparse import SparseBlock, find_sparse_blocks, hidden_of, model_shape
 
 DistillationForm = Literal["logits", "blocks"]
 # Tokens whose logits are in memory at once.

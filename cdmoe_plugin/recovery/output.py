@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..saving_cdmoe import STAGING, replacing_files
+from ..atomic import STAGING, replacing_files
 from .stages import TRAINER_STATE_FILE, StageSummary, unfinished, write_json
 
 if TYPE_CHECKING:

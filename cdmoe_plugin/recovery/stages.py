@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..condensed import condensed_layers
-from ..saving_cdmoe import replacing_files
+from ..atomic import replacing_files
+from ..model.lookup import condensed_layers
 from .trainer import CondensedSFTTrainer
 from .weights import condensed_parameters, load_condensed_weights
 

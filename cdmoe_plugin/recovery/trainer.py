@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..training import condensed_module_names, unfreeze_condensed
+from ..model.training import condensed_module_names, unfreeze_condensed
 from .weights import load_condensed_weights
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..condensed import condensed_layers
+from ..model.lookup import condensed_layers
 
 
 def condensed_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cdmoe_plugin.sparse import SparseBlock, describe_sparse_blocks
+from cdmoe_plugin.blocks import SparseBlock, describe_sparse_blocks
 
 
 def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from cdmoe_plugin.report import format_table
+from cdmoe_plugin.cards.tables import format_table
 
 CPU_HIDDEN_SIZE = DEEPSEEK_MOE_16B.hidden_size // 8
 SPARSE = "sparse"

@@ -15,8 +15,8 @@ from speed_models import memory_of, synchronize
 from transformers import StaticCache
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
-from cdmoe_plugin.measure import weight_bytes
-from cdmoe_plugin.sparse import describe_sparse_blocks
+from cdmoe_plugin.blocks import describe_sparse_blocks
+from cdmoe_plugin.integrations.measure import weight_bytes
 
 # It copies the weights of each token's experts, so that a prefill takes hundreds of times the layer's memory.
 DECODING_ONLY = ("batched_mm",)

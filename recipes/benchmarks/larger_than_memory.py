@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 import cdmoe_plugin  # noqa: F401  (makes AutoConfig know "deepseek")
-from cdmoe_plugin.report import format_table
+from cdmoe_plugin.cards.tables import format_table
 
 INDEX = "model.safetensors.index.json"
 RECIPE = Path(__file__).parent.parent / "condense.py"

@@ -20,8 +20,8 @@ from transformers import AutoConfig
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
 from cdmoe_plugin.config import FORMS
-from cdmoe_plugin.modeling_cdmoe import PLAN_FILE
-from cdmoe_plugin.report import dry_run
+from cdmoe_plugin.estimate import dry_run
+from cdmoe_plugin.model.saving import PLAN_FILE
 
 SPARSE = Cell("sparse", "sparse", Setting())
 EXPERT_SELECTIONS = ("random", "pl_alpha_hill", "l1", "greedy", "frequency", "reap", "d_optimal")

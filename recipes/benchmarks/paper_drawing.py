@@ -10,7 +10,7 @@ from typing import Any
 from paper_claims import Curve, claims, curve, main_metrics
 from paper_results import Results, Setting
 
-from cdmoe_plugin.report import format_table
+from cdmoe_plugin.cards.tables import format_table
 
 TITLES = {
     "table2": "Table 2. Expert selection",

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained
-from cdmoe_plugin.measure import weight_bytes
+from cdmoe_plugin.integrations.measure import weight_bytes
 
 PASSAGE_TASK = "next_passage"
 _PASSAGE, _CONTINUATION = 24, 12  # words

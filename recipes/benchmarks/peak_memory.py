@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from cdmoe_plugin import CondensePlan, condense_pretrained
+from cdmoe_plugin.cards.tables import format_table
 from cdmoe_plugin.plan import CondensedLayer
-from cdmoe_plugin.report import format_table
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import cdmoe_plugin  # noqa: F401  (opens condensed checkpoints)
+from cdmoe_plugin.cards.tables import format_table
 from cdmoe_plugin.recovery.data import to_prompt_and_completion
-from cdmoe_plugin.report import format_table
 
 RECIPE = Path(__file__).parent.parent / "lm_then_sft.py"
 STARTS = {"shared experts only": "shared-only", "shared and routed": "condensed"}

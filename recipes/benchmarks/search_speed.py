@@ -34,10 +34,12 @@ from speed_models import (
 from transformers.utils import logging
 
 from cdmoe_plugin import CondenseConfig, search_plan
-from cdmoe_plugin.condensed import fold, standing_in
+from cdmoe_plugin.blocks import SparseBlock, find_sparse_blocks
+from cdmoe_plugin.cards.tables import format_table
+from cdmoe_plugin.condense.fold import fold
+from cdmoe_plugin.condense.place import standing_in
 from cdmoe_plugin.divergence import js_divergence
-from cdmoe_plugin.report import format_table
-from cdmoe_plugin.sparse import SparseBlock, check_config, find_sparse_blocks
+from cdmoe_plugin.search.check import check_config
 
 SMALL = Sizes(
     vocab_size=1024,

@@ -1,0 +1,93 @@
+"""Checks of values that somebody may have edited; every error names the field and what was found."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is a whole number (and not a bool, which Python counts among them)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all `fields`, of which those that a dataclass gives a default may be missing."""
+    values = read_mapping(values, where)
+    unknown = sorted(set(values) - set(fields), key=str)
+    if unknown:
+        raise ValueError(f"`{where}` has unknown fields {unknown}; known are {sorted(fields)}.")
+    found = {}
+    for name, spec in fields.items():
+        default = MISSING if spec is None else spec.default
+        if name not in values and default is MISSING:
+            raise ValueError(f"`{where}` lacks the field `{name}`.")
+        found[name] = values.get(name, default)
+    return found
+
+
+def read_mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`{where}` should be an object, but is {short(values)}.")
+    return values
+
+
+def read_flat_mapping(values: Any, where: str) -> dict[str, Any] | None:
+    """An object of plain values (texts, numbers, None, or lists of whole numbers), or None."""
+    if values is None:
+        return None
+    for name, value in read_mapping(values, where).items():
+        if isinstance(value, list):
+            for item in value:
+                read_whole(item, f"{where}.{name}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            read_real(value, f"{where}.{name}")
+        elif value is not None and not isinstance(value, (str, bool)):
+            raise ValueError(f"`{where}.{name}` should be a plain value, but is {short(value)}.")
+    return dict(values)
+
+
+def read_list(values: Any, where: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise ValueError(f"`{where}` should be a list, but is {short(values)}.")
+    return values
+
+
+def read_whole(value: Any, where: str) -> int:
+    if not is_int(value) or value < 0:
+        raise ValueError(f"`{where}` should be a whole number from 0, but is {short(value)}.")
+    return value
+
+
+def read_real(value: Any, where: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: naming the place, if `value` is none.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A whole number may be too large for a float.
+    if not number or abs(value) > sys.float_info.max or math.isnan(value):
+        raise ValueError(f"`{where}` should be a finite number, but is {short(value)}.")
+    return float(value)
+
+
+def read_by_layer(values: Any, where: str) -> dict[int, float] | None:
+    """Numbers by decoder layer, or None."""
+    if values is None:
+        return None
+    return {_layer_key(k, where): read_real(v, f"{where}.{k}") for k, v in read_mapping(values, where).items()}
+
+
+def _layer_key(key: Any, where: str) -> int:
+    if not (isinstance(key, str) and key.isascii() and key.isdigit()):
+        raise ValueError(f"`{where}` should have layer indices as keys, but has {short(key)}.")
+    return int(key)
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

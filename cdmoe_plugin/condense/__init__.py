@@ -1,0 +1,1 @@
+"""Sparse blocks folded into dense MLPs and put in their places."""

@@ -1,0 +1,183 @@
+"""Folds experts into dense MLPs, puts these in place of sparse blocks, and makes the model a condensed one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..blocks import SparseBlock
+from ..cards.sections import base_metadata, base_name
+from ..model.classes import condensed_model_class
+from ..model.layers_cdmoe import CondensedMLP, Trimmed
+from ..model.modeling_cdmoe import CondensedModelMixin, silence_router_loss
+from ..model.registration import DEEPSEEK, register_deepseek
+from ..offload import in_memory, offload_like
+from ..plan import CondensedLayer, CondensePlan
+from .fold import fold, other_activation
+from .place import install
+
+if TYPE_CHECKING:
+    from ..config import CondenseConfig
+    from .refit import RefitLayer
+
+
+def _about_base(name_or_path: str) -> dict[str, Any]:
+    return {"base_model": base_name(name_or_path), "base_card": base_metadata(name_or_path)}
+
+
+def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
+    """What config.json must tell to build a condensed layer again (see `layers_cdmoe.install_condensed_layers`)."""
+    place: dict[str, Any] = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
+    if block.returns_tuple:
+        place["returns_tuple"] = True
+    if block.router_name is not None:
+        place["router"] = block.router_name
+    if not isinstance(mlp, CondensedMLP):
+        return {**place, "form": "trim_layer"}
+    special = {
+        "gated_activation": block.activation,
+        "shared_gated_activation": other_activation(block),
+        "norm": mlp.norm_name,
+        "output_bias": mlp.down_proj.bias is not None and mlp.up_proj.bias is None,
+    }
+    return {
+        **place,
+        **{name: spec for name, spec in special.items() if spec},
+        "intermediate_size": mlp.intermediate_size,
+        "shared_intermediate_size": mlp.shared_intermediate_size,
+        "shared_expert_gate": mlp.shared_expert_gate is not None,
+        "bias": mlp.up_proj.bias is not None,
+        "hidden_act": block.hidden_act,
+    }
+
+
+def own_config(model: PreTrainedModel) -> Any:
+    """Gives a model, and all of its modules that refer to its config, a config that no other model shares.
+
+    Models that are made from the same config object have that as theirs.
+    """
+    before: Any = model.config
+    config = copy.copy(before)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is before:
+                setattr(module, name, config)
+    return config
+
+
+def become_condensed(
+    model: PreTrainedModel,
+    plan: CondensePlan,
+    specs: Mapping[int, dict[str, Any]],
+    all_condensed: bool,
+    parameters_before: int,
+) -> None:
+    """Turns a model whose blocks have been replaced into an instance of its condensed class, config included."""
+    if model.config.model_type == DEEPSEEK:  # the auto classes know it only once they were asked
+        register_deepseek()
+    condensed_class = condensed_model_class(type(model))
+    model.__class__ = condensed_class
+    config = own_config(model)
+    config.__class__ = condensed_class.config_class
+    config.condense_config = {
+        **(plan.config or {}),
+        # What was done, whatever the plan's search had in mind; see `note_refit`.
+        "refit": None,
+        "refit_errors": None,
+        "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
+        "all_condensed": all_condensed,
+        "parameters": {"before": parameters_before, "after": model.num_parameters()},
+        **_about_base(model.name_or_path or ""),
+        "plan": plan.to_dict(),
+    }
+    if all_condensed:
+        silence_router_loss(model)
+    model.add_model_tags(["cdmoe"])
+
+
+def note_refit(model: PreTrainedModel, config: CondenseConfig, fits: Mapping[int, RefitLayer]) -> None:
+    """Writes into a condensed model's config how its layers were fitted, and their errors before and after."""
+    done: dict[str, Any] = model.config.condense_config
+    done |= {"refit": config.refit, "refit_target": config.refit_target, "refit_steps": config.refit_steps}
+    done["refit_errors"] = {str(layer): [fit.before, fit.after] for layer, fit in fits.items()}
+
+
+def refuse_quantised(*quantisations: Any) -> None:
+    """Raises where any of a model's quantisation configs (or quantisers) is not None.
+
+    Raises:
+        ValueError: saying in which order to condense and quantise.
+    """
+    if any(quantisation is not None for quantisation in quantisations):
+        raise ValueError(
+            "Quantised weights can't be folded: condense first, save, and open the saved checkpoint with "
+            "`quantization_config`."
+        )
+
+
+def refuse_condensed(model: PreTrainedModel) -> None:
+    """Raises where a model is condensed already.
+
+    Raises:
+        ValueError: naming its condensed layers.
+    """
+    if isinstance(model, CondensedModelMixin):
+        layers = sorted(map(int, model.config.condense_config["condensed_layers"]))
+        raise ValueError(
+            f"This model is condensed already (decoder layers {layers}). Start from the sparse model; for a smaller "
+            "budget use `plan.truncate`."
+        )
+
+
+def check_form(blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], form: str) -> None:
+    """Checks that the layers of a plan can take its form.
+
+    Raises:
+        UnsupportedModelError: naming a layer whose MLP can't be dropped.
+    """
+    chosen = {layer.layer for layer in layers}
+    for block in blocks:
+        if form == "trim_layer" and block.layer in chosen:
+            block.check_trimming()
+
+
+def apply_layers(
+    model: PreTrainedModel,
+    blocks: Sequence[SparseBlock],
+    layers: Sequence[CondensedLayer],
+    form: str = "condense",
+    at_once: bool = True,
+    mlps: Mapping[int, CondensedMLP] | None = None,
+) -> dict[int, Any]:
+    """Folds and installs the layers of a plan; returns the specs for config.json by decoder layer.
+
+    Args:
+        form (`str`, defaults to `"condense"`): With "trim_layer", MLPs are dropped and nothing is folded.
+        at_once (`bool`, defaults to `True`): Whether all layers are folded before the first is installed, so that a
+            failure leaves the model as it was; else one after the other, which needs less memory.
+        mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
+    """
+    by_layer = {block.layer: block for block in blocks}
+    check_form(blocks, layers, form)
+
+    def made(chosen: CondensedLayer) -> tuple[SparseBlock, nn.Module]:
+        block = by_layer[chosen.layer]
+        if form == "trim_layer":
+            return block, Trimmed()
+        if mlps is not None:
+            return block, mlps[chosen.layer]
+        with in_memory(model.base_model.get_submodule(block.path.rpartition(".")[0])):
+            mlp = fold(block, chosen.experts, chosen.gates)
+        offload_like(mlp, block.module, f"condensed-{block.layer}")
+        return block, mlp
+
+    folded = (made(chosen) for chosen in layers)
+    specs = {}
+    for block, mlp in list(folded) if at_once else folded:
+        install(model, block, mlp)
+        specs[block.layer] = layer_spec(block, mlp)
+    return specs

@@ -1,0 +1,117 @@
+"""Fits the condensed layers of a plan, one after the other, in the order of depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ...blocks import SparseBlock
+from ...calibration import Calibration
+from ...config import CondenseConfig
+from ...decoder.stream import LayerStream, State, searching
+from ...model.layers_cdmoe import CondensedMLP
+from ...offload import offload_like
+from ...plan import CondensedLayer
+from ...registry import lookup
+from ..fold import fold
+from ..place import standing_in
+from .examples import HELD_OUT_EVERY, LayerExamples, RefitLayer
+from .methods import REFITS
+
+logger = logging.get_logger(__name__)
+
+# What a layer is fitted to: see `LayerExamples`.
+TARGETS = ("model", "block")
+
+
+def check_refit(config: CondenseConfig) -> None:
+    """Checks what a config says of refitting.
+
+    Raises:
+        ValueError: naming the field and the values that exist.
+    """
+    if config.refit is not None:
+        lookup(REFITS, config.refit, "refit")
+    if config.refit_target not in TARGETS:
+        raise ValueError(f"`refit_target` is {config.refit_target!r}, but only {', '.join(map(repr, TARGETS))} exist.")
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Checks that there is something to hold out.
+
+    Raises:
+        ValueError: if the calibration data has too few sequences.
+    """
+    if calibration.num_samples < HELD_OUT_EVERY:
+        raise ValueError(
+            f"`refit` holds every {HELD_OUT_EVERY}th calibration sample out to choose on, but {calibration.source} has "
+            f"{calibration.num_samples} samples: use at least {HELD_OUT_EVERY}, or `refit=None`."
+        )
+
+
+def refit_layers(
+    model: PreTrainedModel,
+    blocks: Sequence[SparseBlock],
+    layers: Sequence[CondensedLayer],
+    config: CondenseConfig,
+    calibration: Calibration,
+) -> tuple[dict[int, CondensedMLP], dict[int, RefitLayer]]:
+    """Folds and fits the layers of a plan; the model stays as it is.
+
+    Args:
+        model (`PreTrainedModel`): The sparse model.
+        blocks (`Sequence[SparseBlock]`): Its sparse blocks.
+        layers (`Sequence[CondensedLayer]`): What to condense.
+        config (`CondenseConfig`): `refit`, `refit_target`, `refit_steps` and `cache_memory`.
+        calibration (`Calibration`): Tokens to fit on.
+
+    Returns:
+        The condensed MLPs and how well they are fitted, by decoder layer.
+
+    Raises:
+        ValueError: if there are too few calibration sequences.
+    """
+    check_calibration(calibration)
+    method = lookup(REFITS, config.refit or "", "refit")
+    by_layer = {block.layer: block for block in blocks}
+    chosen = {layer.layer: layer for layer in layers}
+    mlps: dict[int, CondensedMLP] = {}
+    fits: dict[int, RefitLayer] = {}
+    with searching(model), torch.no_grad():
+        stream = LayerStream(model, blocks[0].path.rsplit(".", 2)[0], calibration.batches)
+        condensed = original = list(stream.embeddings)
+        for layer in logging.tqdm(range(max(chosen) + 1), desc="Refit", unit="layer"):
+            with stream.in_memory(layer):
+                alike = condensed is original
+                needs_original = config.refit_target == "model" or alike
+                outputs = _run(stream, layer, original) if needs_original else original
+                if layer in chosen:
+                    block = by_layer[layer]
+                    mlp = fold(block, chosen[layer].experts, chosen[layer].gates)
+                    goals: list[Tensor] | None = None
+                    if config.refit_target == "model":
+                        goals = [state[0] for state in outputs]
+                    examples = LayerExamples(stream, block, condensed, goals, config.cache_bytes)
+                    fits[layer] = method(mlp, examples, config.refit_steps)
+                    mlps[layer] = mlp
+                    logger.info(
+                        f"Decoder layer {layer}: held-out error {fits[layer].before:.3g} -> {fits[layer].after:.3g}"
+                    )
+                    with standing_in(model, block, mlp):
+                        condensed = _run(stream, layer, condensed)
+                else:
+                    condensed = outputs if alike else _run(stream, layer, condensed)
+            if layer in chosen:
+                offload_like(mlps[layer], by_layer[layer].module, f"condensed-{layer}")
+            original = outputs  # as it was, where the unmodified model is no longer followed
+    return mlps, fits
+
+
+def _run(stream: LayerStream, layer: int, states: list[State]) -> list[State]:
+    outputs = [stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+    stream.check_finite()
+    return outputs

@@ -1,0 +1,94 @@
+"""The down projection in closed form: ridge regression towards the folded one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...model.layers_cdmoe import CondensedMLP
+from .examples import Example, LayerExamples, RefitLayer
+
+# Ridge strengths that are tried, as shares of the mean square of an inner activation.
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class NormalEquations:
+    """Sums over tokens from which the error of any change of the down projection follows; W is the layer's width.
+
+    With inner activations `a` `[T, W]`, what is left to explain `r = y - a D^T` `[T, H]` and token weights `w`, these
+    are `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64: memory does not grow with T.
+    """
+
+    def __init__(self, mlp: CondensedMLP) -> None:
+        self.mlp = mlp
+        bias = mlp.down_proj.bias
+        self.weight = mlp.down_proj.weight.double()
+        self.bias = None if bias is None else bias.double()
+        width, hidden_size = mlp.intermediate_size, mlp.hidden_size
+        self.products = self.weight.new_zeros(width, width)
+        self.rest = self.weight.new_zeros(width, hidden_size)
+        self.error = self.weight.new_zeros(())
+        self.size = self.weight.new_zeros(())
+
+    def add(self, example: Example) -> None:
+        """Counts some tokens in."""
+        inner = inner_activations(self.mlp, example.inputs).double()
+        weights = example.weights.double()[:, None]
+        left = example.target.double() - F.linear(inner, self.weight, self.bias)
+        self.products += inner.T @ (inner * weights)
+        self.rest += inner.T @ (left * weights)
+        self.error += (left.square() * weights).sum()
+        self.size += (example.target.double().square() * weights).sum()
+
+    def solve(self, strength: float) -> Tensor:
+        """The change of the transposed down projection, `[W, H]`, that ridge regression finds."""
+        ridge = strength * self.products.diagonal().mean().clamp_min(1e-30)
+        system = self.products + ridge * torch.eye(len(self.products), dtype=ridge.dtype, device=ridge.device)
+        return torch.cholesky_solve(self.rest, torch.linalg.cholesky(system))
+
+    def error_with(self, change: Tensor) -> float:
+        """`sum w r²` if the transposed down projection were changed so."""
+        return float(self.error - 2 * (change * self.rest).sum() + (change * (self.products @ change)).sum())
+
+    def __iadd__(self, other: NormalEquations) -> NormalEquations:
+        for name in ("products", "rest", "error", "size"):
+            getattr(self, name).add_(getattr(other, name))
+        return self
+
+
+@torch.no_grad()
+def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples, _steps: int = 0) -> RefitLayer:
+    """Solves for the down projection that brings the layer nearest to its target (ridge regression, in closed form).
+
+    The strength is the one of `STRENGTHS` that is best on held-out sequences; where none of them beats the folded
+    layer there, that one is kept. With the strength chosen, all sequences are fitted.
+
+    Args:
+        mlp (`CondensedMLP`): The folded layer; its down projection (and nothing else) is changed in place.
+        examples (`LayerExamples`): Inputs and targets.
+    """
+    fit, held_out = NormalEquations(mlp), NormalEquations(mlp)
+    for to_fit, to_choose in examples.both():
+        fit.add(to_fit)
+        held_out.add(to_choose)
+    errors = {strength: held_out.error_with(fit.solve(strength)) for strength in STRENGTHS if mlp.intermediate_size}
+    before, size = float(held_out.error), max(float(held_out.size), 1e-30)
+    strength = min(errors, key=lambda s: errors[s], default=None)
+    if strength is None or not errors[strength] < before:
+        return RefitLayer(before / size, before / size)
+    fit += held_out
+    weight = mlp.down_proj.weight
+    weight.copy_((weight.double() + fit.solve(strength).T).to(weight.dtype))
+    return RefitLayer(before / size, errors[strength] / size, strength)
+
+
+def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
+    """What a condensed MLP's down projection sees, `[T, W]`, in the dtype of `x`."""
+    found: list[Tensor] = []
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    try:
+        mlp(x)
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,1 @@
+"""Layer and Block Trimming, the paper's baselines."""

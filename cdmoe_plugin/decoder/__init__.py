@@ -1,0 +1,1 @@
+"""A decoder run one layer at a time."""

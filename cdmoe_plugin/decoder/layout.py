@@ -1,0 +1,178 @@
+"""What a decoder does between its layers and after the last one, learnt from one real forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import patched_forward
+from ..offload import in_memory
+
+# One call of a decoder layer: hidden states, the other arguments by place and by name.
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Inputs of some decoder layers, which all later layers are given as one argument, `[B, S, m, H]`.
+
+    Args:
+        layers (`frozenset[int]`): Whose inputs.
+        argument (`int` or `str`): Place (behind the hidden states) or name of the argument.
+    """
+
+    layers: frozenset[int]
+    argument: int | str
+
+    def put(self, stack: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The other arguments of a layer with this one among them."""
+        if isinstance(self.argument, str):
+            return args, kwargs | {self.argument: stack}
+        return (*args[: self.argument], stack, *args[self.argument + 1 :]), kwargs
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """This argument among those of a layer."""
+        return kwargs[self.argument] if isinstance(self.argument, str) else args[self.argument]
+
+    def after(self, layer: int, stack: Tensor, hidden: Tensor) -> Tensor:
+        """What comes behind a layer, of what came before it and its input."""
+        if layer not in self.layers:
+            return stack
+        return torch.cat([stack.to(hidden.device), hidden.unsqueeze(-2)], dim=-2)
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """A module behind the last decoder layer; `stack_at` is the place of what was gathered among its two arguments."""
+
+    module: nn.Module
+    stack_at: int | None = None
+
+    def __call__(self, hidden: Tensor, stack: Any) -> Tensor:
+        args = [hidden]
+        if self.stack_at is not None:
+            args.insert(self.stack_at, stack)
+        return _first(self.module(*args))
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What decoder layers hand on, and what follows the last one.
+
+    Args:
+        output_class (`type`): What the decoder returns.
+        num_results (`int`): How many results a layer returns; 0: a tensor alone.
+        carried (`dict[str, int]`): Keyword arguments of a layer that are extra results of the one before, by position.
+        gathered (`Gathered`, *optional*): What all later layers are given of some layers' inputs.
+        streams (`bool`): Whether hidden states are several residual streams, `[B, S, n, H]`.
+        head (`list[HeadStep]`): What follows the last layer.
+        cast (`bool`): Whether the model casts what comes of it to the dtype of its layers.
+    """
+
+    output_class: type
+    num_results: int
+    carried: dict[str, int]
+    gathered: Gathered | None
+    streams: bool
+    head: list[HeadStep]
+    cast: bool
+
+
+def learn_form(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[LayerForm, Tensor]:
+    """The form of a decoder, and the last hidden state of the forward pass that it was learnt from.
+
+    Args:
+        base (`PreTrainedModel`): The decoder.
+        layers (`nn.ModuleList`): Its layers.
+        forward (`Callable`): Runs the decoder on a few tokens.
+    """
+    outputs: list[Any] = []
+    calls: list[Call] = []
+    events: list[tuple[nn.Module, tuple[Any, ...], Any]] = []
+
+    def note_layer(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(split_hidden(args, kwargs))
+        outputs.append(output)
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        events.append((module, args, output))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(patched_forward(layer, _holding(layer, layer.forward)))
+            stack.callback(layer.register_forward_hook(note_layer, with_kwargs=True).remove)
+        for child in base.children():
+            stack.callback(child.register_forward_hook(note).remove)
+        output = forward()
+    num_results = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+    head, gathered = [], _gathered(calls)
+    hidden, inputs = _first(outputs[-1]), [hidden for hidden, _, _ in calls]
+    for module, args, result in events:
+        if any(each is hidden for each in args[:1]):
+            head.append(HeadStep(module))
+        elif gathered is not None and len(args) == 2 and args[1] is hidden:
+            # Only here it shows whether the last layer's input is gathered too.
+            gathered = Gathered(frozenset(_places(args[0], inputs)), gathered.argument)
+            head.append(HeadStep(module, stack_at=0))
+        else:
+            continue
+        hidden = _first(result)
+    carried = _handed_on(outputs, calls) if num_results else {}
+    last = output.last_hidden_state
+    streams, cast = inputs[0].ndim == 4, hidden.dtype != last.dtype
+    return LayerForm(type(output), num_results, carried, gathered, streams, head, cast), last
+
+
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A decoder layer's arguments, hidden states first."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), args, kwargs
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _handed_on(outputs: Sequence[tuple[Any, ...]], calls: Sequence[Call]) -> dict[str, int]:
+    carried = {}
+    for results, (_, _, kwargs) in zip(outputs, calls[1:], strict=False):
+        for index, result in enumerate(results[1:], start=1):
+            carried.update({k: index for k, v in kwargs.items() if isinstance(v, Tensor) and v is result})
+    return carried
+
+
+def _gathered(calls: Sequence[Call]) -> Gathered | None:
+    hidden, args, kwargs = calls[-1]
+    others: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for argument, value in others:
+        if not isinstance(value, Tensor) or value.ndim != hidden.ndim + 1 or not value.numel():
+            continue
+        if (*value.shape[:-2], value.shape[-1]) == hidden.shape:
+            places = _places(value, [each for each, _, _ in calls])
+            if len(places) == value.shape[-2]:
+                return Gathered(frozenset(places), argument)
+    return None
+
+
+def _places(stack: Tensor, inputs: Sequence[Tensor]) -> list[int]:
+    """Which layers' inputs are stacked; layers are in the order of depth."""
+    places: list[int] = []
+    for part in stack.unbind(-2):
+        later = range(places[-1] + 1 if places else 0, len(inputs))
+        places += [layer for layer in later if torch.equal(part, inputs[layer].to(part.device))][:1]
+    return places
+
+
+def _holding(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def held(*args: Any, **kwargs: Any) -> Any:
+        with in_memory(module):
+            return forward(*args, **kwargs)
+
+    return held

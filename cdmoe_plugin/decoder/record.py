@@ -1,0 +1,196 @@
+"""Takes a decoder layer apart at its sparse block, and runs what is around the block again on stand-ins for its output.
+
+What a layer does around its block (a residual, a norm, a factor, several residual streams) is not looked up anywhere:
+everything that came before the block is played back, and the rest is run as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..blocks import Routing, SparseBlock, UnsupportedModelError, hidden_of, patched_forward
+from .stream import LayerStream, State
+from .tails import AffineTail, Finish, PlaybackTail, StreamsTail, Tail, added_to_streams, as_it_is, side_by_side
+
+
+@dataclass
+class LayerCall:
+    """One decoder layer on one batch, taken apart at its sparse block; T counts the tokens that are no padding.
+
+    Args:
+        inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
+        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`; before the block's norm, if any.
+        routing (`Routing`): What the router decided for the T tokens.
+        tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to what is compared of the layer, float32.
+        token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    routing: Routing
+    tail: Tail
+    token_weights: Tensor
+
+
+class LayerRecorder:
+    """Runs one decoder layer on batches and takes it apart at its sparse block."""
+
+    def __init__(self, stream: LayerStream, block: SparseBlock) -> None:
+        self.stream = stream
+        self.block = block
+        self.is_last = block.layer == len(stream) - 1
+        self.finish: Finish = side_by_side if stream.form.streams else as_it_is
+        if self.is_last:
+            self.finish = stream.finish
+        self.owner = stream.layers[block.layer]
+        own = {id(block.module), id(block.shared) if block.shared_name else None}
+        self.others = [child for child in self.owner.children() if id(child) not in own]
+
+    @torch.no_grad()
+    def record(self, state: State, batch: int, token_weights: Tensor) -> tuple[LayerCall, State]:
+        """Runs the layer on its input for a batch; returns the parts and what it hands to the next layer."""
+        seen: dict[str, Any] = {"block": None, "shared": None}
+        before: dict[int, list[Any]] = {id(child): [] for child in self.others}
+
+        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen["block"] = (args[0], hidden_of(output))
+
+        def on_other(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if seen["block"] is None:
+                before[id(module)].append(output)
+
+        def on_shared(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            seen["shared"] = output
+
+        with ExitStack() as stack:
+            stack.callback(self.block.module.register_forward_hook(on_block).remove)
+            for child in self.others:
+                stack.callback(child.register_forward_hook(on_other).remove)
+            if self.block.shared_name and self.block.shared is not None:
+                stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
+            routes = stack.enter_context(self.block.recording_routes())
+            sums = stack.enter_context(self.block.recording_norm_inputs())
+            output = self.stream.run_layer(self.block.layer, state, batch)
+        self.stream.check_finite()
+        block_input, target = seen["block"]
+        valid = self.stream.valid(batch).to(target.device)
+        # Some blocks are given, or give, all sequences' tokens in a row.
+        block_input, target = (part.view(*valid.shape, -1) for part in (block_input, sums[0] if sums else target))
+        target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
+        playback = _Playback(self, state, batch, before)
+        routing = Routing(*(part.view(*valid.shape, -1)[valid] for part in routes[0]))
+        call = LayerCall(
+            inputs=block_input[valid],
+            target=target[valid],
+            routing=routing,
+            tail=playback.tail(target, output[0], valid),
+            token_weights=token_weights.to(target.device),
+        )
+        return call, output
+
+
+class _Playback:
+    """A decoder layer's forward with all that came before the block played back, in float32."""
+
+    def __init__(self, recorder: LayerRecorder, state: State, batch: int, before: dict[int, list[Any]]) -> None:
+        self.recorder = recorder
+        self.state = tuple(map(_float, state))
+        self.batch = batch
+        self.before = {key: pytree.tree_map(_float, outputs) for key, outputs in before.items()}
+
+    def compared(self, y: Tensor) -> Tensor:
+        """What is compared of the layer for `y` `[B, S, H]`."""
+        return self.recorder.finish(self._run(y))
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The layer's output `[B, S, ...]` for `y` `[B, S, H]`."""
+        return self._run(y)[0]
+
+    def _run(self, y: Tensor) -> State:
+        """What the layer hands on for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
+        recorder = self.recorder
+        with ExitStack() as stack:
+            for child in recorder.others:
+                outputs = iter(self.before[id(child)])
+                stack.enter_context(patched_forward(child, _play(outputs, _in_own_dtype(child))))
+            stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: recorder.block.like_output(y)))
+            if recorder.block.shared_name and recorder.block.shared is not None:
+                nothing = torch.zeros_like(y)
+                stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))
+            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)
+
+    def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
+        """What the layer makes of its block's output, on valid tokens; most add it to what they have."""
+        again = self(target)
+        precision = 8 * torch.finfo(output.dtype).eps
+        if not torch.allclose(again, output.float(), rtol=precision, atol=precision * float(output.abs().max())):
+            raise UnsupportedModelError(
+                f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) does more with its "
+                "block than can be played back."
+            )
+        if self.recorder.is_last and self.recorder.stream.form.gathered is not None:
+            return PlaybackTail(self.compared, valid)  # what follows needs more than the layer's output
+        offset = self(torch.zeros_like(target))
+        # A random stand-in as large as the rest of the sum tells a norm behind the block from a plain addition.
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(target.shape, generator=generator).to(target) * offset.std().clamp_min(1e-3)
+        change = self(noise) - offset
+        finish = self.recorder.finish
+        if change.shape == noise.shape:
+            slope = float((change * noise).sum(dtype=torch.float64) / noise.square().sum(dtype=torch.float64))
+            if (change - slope * noise).norm() <= 1e-4 * change.norm():
+                return AffineTail(offset[valid], 1.0 if abs(slope - 1.0) < 1e-5 else slope, finish)
+        elif change.flatten(2).shape[-1] % noise.shape[-1] == 0:
+            slopes = _slopes(change, noise)
+            # What a norm would divide out, or an activation cut off, another size and sign show.
+            other = self(-2 * noise) - offset
+            if all(
+                (c - added_to_streams(slopes, y, c)).norm() <= 1e-4 * c.norm()
+                for c, y in ((change, noise), (other, -2 * noise))
+            ):
+                return StreamsTail(offset[valid], slopes[valid], finish)
+        return PlaybackTail(self.compared, valid)
+
+
+def _slopes(change: Tensor, noise: Tensor) -> Tensor:
+    """What each of n streams takes of a block's output, `[B, S, n, 1]`, from what it adds to all of them."""
+    streams = change.flatten(2).unflatten(-1, (-1, noise.shape[-1])).double()
+    squares = noise.double().square().sum(-1, keepdim=True)
+    return ((streams @ noise.double().unsqueeze(-1)) / squares.unsqueeze(-1)).float()
+
+
+def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return next(outputs)
+        except StopIteration:
+            return live(*args, **kwargs)
+
+    return forward
+
+
+def _in_own_dtype(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward for float32, also where it multiplies by matrices in half precision (norms take any dtype)."""
+    forward = module.forward
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.ndim > 1), torch.float32)
+    if dtype == torch.float32:
+        return forward
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(_float, forward(*pytree.tree_map(cast, args), **pytree.tree_map(cast, kwargs)))
+
+    return run
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

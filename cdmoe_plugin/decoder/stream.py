@@ -1,0 +1,334 @@
+"""Runs a decoder one layer at a time on fixed batches.
+
+Nothing here knows an architecture: a layer's arguments are those that the model's own forward pass gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import Cache, PreTrainedModel
+
+from ..blocks import UnsupportedModelError, patched_forward
+from ..calibration import TokenBatch
+from ..offload import in_memory, in_memory_copy, is_offloaded
+from .layout import HeadStep, learn_form, split_hidden
+
+# Tokens that several inputs of a layer may have as one batch: enough that reading its weights does not count any more.
+_TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
+
+# What one decoder layer hands to the next: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and
+# in a few architectures more: the token choice of a sparse attention that several layers share, or (last) what was
+# gathered of the inputs of layers so far.
+State = tuple[Any, ...]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that gives hidden states; a model that is a decoder itself.
+
+    That is the base model, but some give themselves for it (llama4_text), and the decoder is the one model in them.
+    """
+    base: Any = model.base_model
+    if base is not model:
+        return base
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+
+
+class LayerStream:
+    """A model's decoder as a sequence of layers over fixed token batches.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model or its decoder, in eval mode (see `searching`).
+        layers_path (`str`): Name of the list of decoder layers in the base model, such as "layers".
+        batches (`list[TokenBatch]`): Right-padded token ids.
+
+    Raises:
+        UnsupportedModelError: if layer by layer the decoder does not give what its own forward pass gives.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
+        self.model = model
+        self.base: Any = decoder_of(model)
+        self.layers: Any = model.base_model.get_submodule(layers_path)
+        self.batches = list(batches)
+        self._wide: list[HeadStep] | None = None
+        self._joinable = True
+        self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
+        self._skipped: set[int] = set()
+        self._finite: list[tuple[int, Tensor]] = []
+        self._places: dict[tuple[int, torch.device], Tensor] = {}
+        few = self.batches[0].truncate(rows=2, length=16)
+        self.form, expected = learn_form(self.base, self.layers, lambda: self._forward(few))
+        self._verify(few, expected)
+        captured = [self._capture(batch) for batch in self.batches]
+        self._calls = [calls for calls, _ in captured]
+        self.embeddings = [state for _, state in captured]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that one layer hands to the next for a batch, on average, with all that is gathered."""
+        parts = 1 if self.form.gathered is None else 1 + len(self.form.gathered.layers)
+        return parts * sum(s[0].numel() * s[0].element_size() for s in self.embeddings) // len(self.embeddings)
+
+    @torch.no_grad()
+    def run_layer(self, layer: int, state: State, batch: int) -> State:
+        """What one decoder layer makes of its input, for one of the batches; see `check_finite`."""
+        output = self.call_layer(layer, state, batch)
+        self._finite.append((layer, torch.isfinite(output[0]).all()))
+        return output
+
+    def run_together(self, layer: int, states: Sequence[State], batch: int) -> list[State]:
+        """`run_layer` on several inputs for one batch, as one larger batch where the layers allow that.
+
+        A layer's weights are then read once for all of them, which counts where there are few tokens.
+        """
+        rows, length = states[0][0].shape[:2]
+        limit = _TOGETHER_TOKENS.get(states[0][0].device.type, _TOGETHER_TOKENS["cpu"])
+        most = max(1, limit // (rows * length)) if self._joinable else 1
+        outputs: list[State] = []
+        for start in range(0, len(states), most):
+            some = states[start : start + most]
+            joined = self._run_joined(layer, some, *self._calls[batch][layer]) if len(some) > 1 else None
+            if joined is None:
+                outputs += [self.run_layer(layer, state, batch) for state in some]
+            else:
+                self._finite += [(layer, torch.isfinite(state[0]).all()) for state in joined]
+                outputs += joined
+        return outputs
+
+    @torch.no_grad()
+    def _run_joined(
+        self, layer: int, states: Sequence[State], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[State] | None:
+        """A layer on several inputs as one batch; None if it has arguments that do not go with such a batch."""
+        number, rows = len(states), states[0][0].shape[0]
+        joined = tuple(
+            torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*states, strict=True)
+        )
+        args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
+        try:
+            output = self._run(layer, joined, args, kwargs)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            self._joinable = False
+            return None
+        parts = [part.chunk(number) if isinstance(part, Tensor) else (part,) * number for part in output]
+        return list(zip(*parts, strict=True))
+
+    def check_finite(self) -> None:
+        """Checks what all layers gave since the last check. It waits for the device, so layers do not do it themselves.
+
+        Raises:
+            ValueError: naming the layer, if its output was not finite.
+        """
+        noted, self._finite = self._finite, []
+        if all(torch.stack([flag.to(noted[0][1].device) for _, flag in noted]).tolist() if noted else []):
+            return
+        layer = next(layer for layer, flag in noted if not flag)
+        raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
+
+    def in_memory(self, layer: int) -> AbstractContextManager[None]:
+        """Holds the weights of an offloaded decoder layer in memory: for several calls, or to read them."""
+        return in_memory(self.layers[layer]) if self._offloaded[layer] else nullcontext()
+
+    @torch.no_grad()
+    def call_layer(self, layer: int, state: State, batch: int) -> State:
+        """As `run_layer`, for what need not be finite."""
+        return self._run(layer, state, *self._calls[batch][layer])
+
+    @contextmanager
+    def skipping(self, layers: Iterable[int]) -> Iterator[None]:
+        """Lets decoder layers hand on what they are given, as if they were not there, for a while."""
+        before = self._skipped
+        self._skipped = before | set(layers)
+        try:
+            yield
+        finally:
+            self._skipped = before
+
+    @torch.no_grad()
+    def finish(self, state: State) -> Tensor:
+        """The model's last hidden state (after the final norm) `[..., H]` for what the last decoder layer hands on.
+
+        The layer's output is `[..., H]`, or `[..., n, H]` where there are several residual streams: the model's own
+        modules behind the last layer make one of them. Float32 is kept float32, also where the model computes in half
+        precision. Where inputs of layers are gathered, they must be in the state; elsewhere the output is enough.
+        """
+        hidden, leading = state[0], state[0].shape[:-2]
+        if self.form.streams:  # modules that collapse streams count dimensions from the front
+            hidden = hidden.reshape(1, -1, *hidden.shape[-2:])
+        for step in self.form.head if hidden.dtype == self.model.dtype else self._wide_head():
+            hidden = step(hidden, state[-1])
+        if self.form.cast:
+            hidden = hidden.to(state[0].dtype)
+        return hidden.reshape(*leading, -1) if self.form.streams else hidden
+
+    def _wide_head(self) -> list[HeadStep]:
+        if self._wide is None:
+            self._wide = [replace(step, module=in_memory_copy(step.module).float()) for step in self.form.head]
+        return self._wide
+
+    @torch.no_grad()
+    def logits(self, last_hidden: Tensor, batch: int) -> Tensor:
+        """What the model's own language-modelling head makes of a last hidden state `[B, S, H]`: `[B, S, V]`.
+
+        Raises:
+            ValueError: if the model has none.
+        """
+        self.check_head()
+        ids, mask = self._inputs(self.batches[batch])
+
+        def stand_in(*_args: Any, **_kwargs: Any) -> Any:
+            return self.form.output_class(last_hidden_state=last_hidden)
+
+        with patched_forward(self.base, stand_in):
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def check_head(self) -> None:
+        """Checks that the model has a language-modelling head.
+
+        Raises:
+            ValueError: if it is only a decoder.
+        """
+        if self.base is self.model:
+            raise ValueError(
+                "`compare='logits'` and `metric='ppl'` need a model with a language-modelling head; this is only its "
+                "decoder."
+            )
+
+    def valid(self, batch: int) -> Tensor:
+        """`[B, S]` bool: which positions of a batch are no padding."""
+        return self.batches[batch].attention_mask.bool()
+
+    def tokens(self, values: Tensor, batch: int) -> Tensor:
+        """`[T, ...]` of the tokens that are no padding, for values `[B, S, ...]`; does not wait for the device."""
+        places = self._places.get((batch, values.device))
+        if places is None:
+            places = self.valid(batch).flatten().nonzero().flatten().to(values.device)
+            self._places[batch, values.device] = places
+        return values.flatten(0, 1).index_select(0, places)
+
+    def _run(self, layer: int, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
+        if layer in self._skipped:
+            return state
+        gathered = self.form.gathered
+        if gathered is not None:
+            state, stack = state[:-1], state[-1]
+            args, kwargs = gathered.put(stack, args, kwargs)
+        if len(state) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
+            kwargs = kwargs | {name: state[index] for name, index in self.form.carried.items()}
+        # Once for the layer, and not by what each module in it has: Dbrx's experts read the weights of another one.
+        with self.in_memory(layer):
+            output = self.layers[layer](state[0], *args, **kwargs)
+        results = output if isinstance(output, tuple) else (output,)
+        return results if gathered is None else (*results, gathered.after(layer, stack, state[0]))
+
+    def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        device = self.base.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded; accelerate's hooks move the ids
+            device = torch.device("cpu")
+        return batch.input_ids.to(device), batch.attention_mask.to(device)
+
+    def _forward(self, batch: TokenBatch) -> Any:
+        ids, mask = self._inputs(batch)
+        with torch.no_grad():
+            return self.base(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _capture(self, batch: TokenBatch) -> tuple[list[Any], State]:
+        """Arguments that the model gives each layer, and the input of the first, without computing any layer."""
+        calls: list[Any] = [None] * len(self.layers)
+        first: list[State] = []
+        num_results, gathered = self.form.num_results, self.form.gathered
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args, kwargs = split_hidden(args, kwargs)
+                # Layers run again and again; some models give them a cache to fill whatever they are asked for.
+                kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+                if not first:
+                    first.append((hidden,) if gathered is None else (hidden, gathered.of(args, kwargs)))
+                calls[index] = (args, kwargs) if gathered is None else gathered.put(None, args, kwargs)
+                return (hidden,) + (None,) * (num_results - 1) if num_results else hidden
+
+            return forward
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(patched_forward(layer, stub(index)))
+            self._forward(batch)
+        return calls, first[0]
+
+    def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
+        calls, state = self._capture(batch)
+        stores = [(n, v, len(v)) for _, kw in calls for n, v in kw.items() if isinstance(v, MutableMapping)]
+        with torch.no_grad():
+            for layer, call in enumerate(calls):
+                with self.in_memory(layer):
+                    before, state = state, self._run(layer, state, *call)
+                    self._joinable = self._joinable and self._joins(layer, before, state, call)
+                self._finite.append((layer, torch.isfinite(state[0]).all()))
+        self.check_finite()
+        filled = [name for name, store, size in stores if len(store) != size]
+        shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)
+        # Several variants of a layer would write to one place. transformers 5.17 does it where no layer reads it, too.
+        if filled and shared:
+            raise UnsupportedModelError(
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer: some of its layers "
+                f"read what others leave in `{filled[0]}`. A plan can be applied."
+            )
+        again = self.finish(state)
+        if not bool(torch.isfinite(again).all()):
+            raise ValueError(_not_finite("The output of the final norm"))
+        scale = float(expected.abs().max())
+        if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
+            raise UnsupportedModelError(
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
+                "pass on more than hidden states, or more than a chain of modules follows the last one."
+            )
+
+    def _joins(self, layer: int, state: State, output: State, call: tuple[Any, Any]) -> bool:
+        """Whether a layer gives, for an input and a smaller one as one batch, what it gives for each."""
+        small = (state[0] / 2, *state[1:])
+        joined = self._run_joined(layer, [state, small], *call)
+        largest = float(output[0].abs().max())
+        if joined is None or not math.isfinite(largest):
+            return False
+        alone = self._run(layer, small, *call)
+        tolerance = 8 * torch.finfo(output[0].dtype).eps
+        return all(
+            one[0].shape == two[0].shape and torch.allclose(one[0], two[0], rtol=tolerance, atol=tolerance * largest)
+            for one, two in zip(joined, (output, alone), strict=True)
+        )
+
+
+def _repeated(value: Any, rows: int, number: int) -> Any:
+    """An argument of a layer for `number` batches as one, where it has a row for each sequence."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != rows:
+        return value
+    return value.repeat(number, *[1] * (value.ndim - 1))
+
+
+def _not_finite(what: str) -> str:
+    return f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
+
+
+@contextmanager
+def searching(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode without gradients, and the modes as they were afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,1 @@
+"""Checkpoints for readers that do not know condensed models."""

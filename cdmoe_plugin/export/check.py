@@ -1,0 +1,101 @@
+"""Whether a condensed model could be exported, by a checkpoint's config alone: before anything is read or searched."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..blocks import SparseBlock, UnsupportedModelError, model_shape
+from ..condense.apply import apply_layers, become_condensed
+from ..config import CondenseConfig
+from ..loading.load import sketch_model
+from ..plan import CondensedLayer, CondensePlan
+from ..search.budget import experts_per_layer
+from ..search.check import check_config
+from .stock import refuse_gates
+from .stock_config import stock_form
+
+
+def check_export(
+    model_name_or_path: str | os.PathLike,
+    request: CondensePlan | CondenseConfig,
+    approximate: bool = False,
+    **hub: Any,
+) -> None:
+    """Checks that what a plan or a search will make of a checkpoint can be exported by `export_stock`.
+
+    Where a search will choose the layers, each must be one that could be dense: the first, the middle and the last
+    sparse layer are tried. What dense layers of the base architecture compute is seen by `export_stock` only.
+
+    Args:
+        model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
+        request (`CondensePlan` or `CondenseConfig`): What will be condensed.
+        approximate (`bool`, defaults to `False`): As in `export_stock`.
+        **hub: `revision`, `trust_remote_code` and the like.
+
+    Raises:
+        UnsupportedModelError: naming the field of the base architecture's config, the layers and what to do.
+        ValueError: if the request does not fit the model.
+    """
+    sketch, blocks = sketch_model(model_name_or_path, hub)
+    if isinstance(request, CondensePlan):
+        request.check_fits(model_shape(sketch, blocks))
+    else:
+        check_config(request, blocks)
+    if request.form == "trim_block":  # it stays what it is
+        return
+    layers = _known_layers(request, blocks)
+    if request.form == "condense" and not approximate:
+        among = [block for block in blocks if layers is None or block.layer in layers]
+        refuse_gates([b.layer for b in among if b.shared_gate is not None], sketch.config.model_type)
+    opening = {**hub, "config": sketch.config}
+    if layers is not None:
+        stock_form(_condensed_sketch(model_name_or_path, opening, request, layers))
+        return
+    for layer in dict.fromkeys((blocks[0].layer, blocks[len(blocks) // 2].layer, blocks[-1].layer)):
+        try:
+            stock_form(_condensed_sketch(model_name_or_path, opening, request, [layer]))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{error} A search may choose such layers: where the config can say others, name these in `layers`."
+            ) from error
+
+
+def _known_layers(request: CondensePlan | CondenseConfig, blocks: Sequence[SparseBlock]) -> list[int] | None:
+    """The layers that will be condensed; None where a search decides."""
+    if isinstance(request, CondensePlan):
+        return [row.layer for row in request.layers]
+    if request.layers is None and request.num_layers >= len(blocks):
+        return [block.layer for block in blocks]
+    return request.layers
+
+
+def _condensed_sketch(
+    path: str | os.PathLike, opening: dict[str, Any], request: CondensePlan | CondenseConfig, layers: Sequence[int]
+) -> PreTrainedModel:
+    """The model on the meta device with these layers condensed."""
+    sketch, blocks = sketch_model(path, copy.deepcopy(opening))  # becoming condensed changes the config
+    sketch.name_or_path = ""  # what its card says is of no interest
+    rows = [
+        CondensedLayer(layer, list(range(number)), [1.0] * number)
+        for layer, number in _numbers(request, layers, blocks).items()
+    ]
+    before = sketch.num_parameters()
+    specs = apply_layers(sketch, blocks, rows, request.form)
+    become_condensed(sketch, CondensePlan(rows, form=request.form), specs, len(specs) == len(blocks), before)
+    return sketch
+
+
+def _numbers(
+    request: CondensePlan | CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]
+) -> Mapping[int, int]:
+    """How many experts each layer keeps."""
+    if request.form != "condense":
+        return dict.fromkeys(layers, 0)
+    if isinstance(request, CondensePlan):
+        return {row.layer: len(row.experts) for row in request.layers}
+    return experts_per_layer(request, layers, blocks)

@@ -1,0 +1,220 @@
+"""How a config of the base architecture says which of its decoder layers are dense, and what it then builds.
+
+Architectures name dense layers in different ways, and many can name only some sets of layers, or none. Whatever way a
+config seems to have: once edited, it builds the model on the meta device, and that is compared with the condensed one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..blocks.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
+from ..model.layers_cdmoe import CondensedMLP, Trimmed
+from .dense_markers import MARKERS, Marker
+
+# Fields that may hold the width of dense MLPs.
+_WIDTH_FIELDS = (
+    "dense_intermediate_size",
+    "intermediate_size_mlp",
+    "shared_intermediate_size",
+    "intermediate_size",
+)
+# What a condensed config adds, or says of itself.
+_CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
+_ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """What a condensed model is in its base architecture.
+
+    Args:
+        config (`PreTrainedConfig`): The base architecture's own config.
+        fields (`dict[str, Any]`): Those of its fields that changed, with their new values.
+        width (`int`): Width of all dense MLPs.
+        places (`dict[int, tuple[str, str]]`): Dense MLPs by decoder layer: the name in the base model of what is
+            copied, and that of where to.
+    """
+
+    config: Any
+    fields: dict[str, Any]
+    width: int
+    places: dict[int, tuple[str, str]]
+
+
+class _Mismatch(Exception):
+    """Why a config does not build what is needed."""
+
+
+def stock_form(model: Any) -> StockForm:
+    """Finds the config of the base architecture that builds a condensed model with plain dense layers.
+
+    Nothing is computed, and no weight is read.
+
+    Args:
+        model (`PreTrainedModel`): A condensed model.
+
+    Raises:
+        UnsupportedModelError: if there is none, naming the field, the layers and the reason.
+    """
+    specs: dict[str, Any] = model.config.condense_config["condensed_layers"]
+    config = model.config
+    base_type = type(model)._base_class.config_class.model_type
+    what = f"the config of model type {base_type!r} can't say this condensed model"
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{what}: the decoder is part of a larger model. {_ADVICE}")
+    sources = _dense_sources(model, specs)
+    dense = set(sources)
+    width = max(1, *(0 if w is None else w.gate.shape[0] for w in map(_weights, sources.values())))
+    total = config.num_hidden_layers
+    reasons = []
+    for marker in (m for m in MARKERS if all(hasattr(config, name) for name in m.fields)):
+        update = marker.update(config, dense, total)
+        named = " and ".join(f"`{name}`" for name in marker.fields)
+        if update is None:
+            reasons.append(f"{named} can only say {marker.can_say}, {_what_lacks(marker, config, dense)}")
+            continue
+        for fields in _with_widths(config, update, width):
+            try:
+                stock = _sketch(model, fields)
+                places = _compare(model, stock, specs, sources, width)
+                changed = {name: v for name, v in fields.items() if getattr(config, name) != v}
+                return StockForm(stock.config, changed, width, places)
+            except _Mismatch as error:
+                reasons.append(f"with {named} changed, {error}")
+    if not reasons:
+        reasons = ["it has no field that says that a layer is dense"]
+    raise UnsupportedModelError(f"{what}: {'; '.join(dict.fromkeys(reasons))}. {_ADVICE}")
+
+
+def _what_lacks(marker: Marker, config: Any, dense: set[int]) -> str:
+    total = config.num_hidden_layers
+    for more in (set(range(max(dense) + 1)), set(range(total))):
+        if marker.update(config, more, total) is not None:
+            return f"but dense would be {sorted(dense)} of {total}: {sorted(more - dense)} would have to be, too"
+    return f"but dense would be {sorted(dense)} of {total}"
+
+
+def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
+    """The base architecture's model on the meta device, from what a file with these config fields would say."""
+    config = model.config
+    values = {name: value for name, value in config.to_dict().items() if name not in _CONDENSED_FIELDS}
+    values |= {config.attribute_map.get(name, name): value for name, value in fields.items()}
+    base_class = type(model)._base_class
+    try:
+        with torch.device("meta"):
+            return base_class(base_class.config_class.from_dict(json.loads(json.dumps(values))))
+    except Exception as error:  # configs and models refuse what they do not understand in many ways
+        raise _Mismatch(f"it is refused: {error}") from error
+
+
+def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[dict[str, Any]]:
+    """The fields that change, with the width of dense MLPs in any of the fields that may hold it, or as it is."""
+    for name in _WIDTH_FIELDS:
+        if isinstance(getattr(config, name, None), int):
+            yield {**update, name: width}
+    yield update
+
+
+def _dense_sources(model: PreTrainedModel, specs: dict[str, Any]) -> dict[int, nn.Module]:
+    """What is or becomes a dense MLP, by decoder layer: the condensed layers, and those that always were."""
+    base: nn.Module = model.base_model
+    layers_path, _, name = next(iter(specs.values()))["module"].rsplit(".", 2)
+    sources: dict[int, nn.Module] = {}
+    for index, layer in enumerate(base.get_submodule(layers_path).children()):
+        spec = specs.get(str(index))
+        module = base.get_submodule(spec["module"]) if spec else getattr(layer, name, None)
+        if isinstance(module, (CondensedMLP, Trimmed)) or (isinstance(module, nn.Module) and _is_dense(module)):
+            sources[index] = module
+    return sources
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return read_gated_mlp(module) is not None and not any(has_stacked_weights(part) for part in module.modules())
+
+
+def _weights(module: nn.Module) -> GatedWeights | None:
+    """Views of the weights of a dense MLP; None where it was trimmed."""
+    return None if isinstance(module, Trimmed) else read_gated_mlp(module)
+
+
+def _compare(
+    model: PreTrainedModel, stock: PreTrainedModel, specs: dict[str, Any], sources: dict[int, nn.Module], width: int
+) -> dict[int, tuple[str, str]]:
+    """Checks that `stock` is the condensed model with dense MLPs of one width; returns their old and new names."""
+    names = {id(module): name for name, module in model.base_model.named_modules()}
+    candidates = {}
+    for layer, source in sources.items():
+        parent, _, name = names[id(source)].rpartition(".")
+        others = specs.get(str(layer), {"omitted": []})["omitted"]
+        candidates[layer] = [f"{parent}.{each}" for each in (name, *others)]
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = tuple(f"{prefix}{name}." for each in candidates.values() for name in each)
+
+    def kinds(whole: nn.Module) -> dict[str, str]:
+        return {name: _kind(part) for name, part in whole.named_modules() if not f"{name}.".startswith(inside)}
+
+    def shapes(whole: nn.Module) -> dict[str, str]:
+        tensors = whole.state_dict().items()
+        return {name: f"{list(tensor.shape)}" for name, tensor in tensors if not name.startswith(inside)}
+
+    _refuse_differing(kinds(model), kinds(stock))
+    places = {
+        layer: (names[id(source)], _dense_place(stock, layer, source, candidates[layer], width))
+        for layer, source in sources.items()
+    }
+    _refuse_differing(shapes(model), shapes(stock))
+    return places
+
+
+def _kind(module: nn.Module) -> str:
+    return getattr(type(module), "_base_class", type(module)).__name__
+
+
+def _refuse_differing(expected: dict[str, str], found: dict[str, str]) -> None:
+    """Raises where two descriptions of everything but the dense MLPs disagree."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise _Mismatch(f"{name} would be {found.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}")
+
+
+def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidates: list[str], width: int) -> str:
+    """Where a decoder layer of the stock model has its one dense MLP."""
+    found = {}
+    for name in candidates:
+        try:
+            found[name] = stock.base_model.get_submodule(name)
+        except AttributeError:
+            continue
+    where = f"decoder layer {layer}"
+    dense = {name: weights for name, module in found.items() if (weights := read_gated_mlp(module)) is not None}
+    if len(found) != 1 or not dense:
+        raise _Mismatch(f"{where} would have {[type(m).__name__ for m in found.values()]} instead of one dense MLP")
+    if isinstance(source, CondensedMLP) and source.norm_name is not None:
+        raise _Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
+    name, weights = next(iter(dense.items()))
+    own, given = sum(p.numel() for p in found[name].parameters()), _weights(source)
+    if own != sum(part.numel() for part in (*weights.matrices, *weights[3:]) if part is not None):
+        raise _Mismatch(f"{where} would have a {type(found[name]).__name__}, which is more than a gated MLP")
+    if weights.gate.shape[0] != width:
+        raise _Mismatch(f"the MLP of {where} would be {weights.gate.shape[0]} wide instead of {width}")
+    for before, after in zip((given or weights)[3:], weights[3:], strict=True):
+        if before is not None and after is None:
+            raise _Mismatch(f"the MLP of {where} would have no biases")
+    if isinstance(source, CondensedMLP) and not _same_activation(source, found[name]):
+        raise _Mismatch(f"the MLP of {where} would have another activation than {_kind(source.act_fn)}")
+    return name
+
+
+def _same_activation(source: CondensedMLP, target: nn.Module) -> bool:
+    """Whether a module has the activation, or has none that can be seen: what it computes is checked later."""
+    acts = [getattr(target, name, None) for name in ("act_fn", "activation_fn", "activation", "act")]
+    modules = [act for act in acts if isinstance(act, nn.Module)]
+    return not modules or type(modules[0]) is type(source.act_fn)

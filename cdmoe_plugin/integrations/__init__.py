@@ -1,0 +1,1 @@
+"""Entry points for lm-eval and vLLM."""

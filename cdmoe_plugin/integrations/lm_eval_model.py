@@ -1,0 +1,231 @@
+"""`lm_eval --model cdmoe`: condensed checkpoints, and base models condensed by a plan, in lm-eval.
+
+Everything about evaluation is lm-eval's own `hf` model. This class changes how the weights are opened, shares work
+among processes where `hf` repeats it, and adds speed and memory to the results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cdmoe_plugin_lm_eval import register
+
+from ..api import condense_pretrained
+from ..cards.tables import format_table
+from ..loading.load import hub_kwargs
+from ..model.registration import is_ours
+from ..plan import CondensePlan
+from .lm_eval_arguments import check_with_plan, explain_unexpected, pop_quantisation, read_plan
+from .measure import generation_speed, peak_memory, reset_peak_memory, weight_bytes
+
+# A logger below lm-eval's, which shows it on the command line.
+logger = logging.getLogger("lm_eval.models.cdmoe")
+
+
+# Without lm-eval's `@register_model`: what finds this class is the entry point or the bridge, and the decorator takes
+# neither for the same as the class.
+class CDMoELM(HFLM):
+    """lm-eval's `hf` for condensed models.
+
+    Args:
+        pretrained (`str`, `os.PathLike` or `PreTrainedModel`): A condensed checkpoint, or a sparse base model.
+        plan (`str`, `os.PathLike` or `CondensePlan`, *optional*): A condense_plan.json, or the folder of a condensed
+            checkpoint: `pretrained` is a sparse base model, and is condensed while it is read.
+        num_layers (`int`, *optional*): Condense only the plan's first layers.
+        num_experts (`int`, *optional*): Keep only the plan's first experts of each layer.
+        **kwargs: The arguments of `hf` (`dtype`, `peft`, `parallelize`, `batch_size`, ...), of `from_pretrained`, and
+            `quantization_config`. With a plan, a quantised model is condensed into a temporary folder first (see
+            `TMPDIR`), which takes as much disk as its weights before quantisation.
+
+    Raises:
+        ValueError: naming the argument that is wrong or unknown; before weights are read.
+        FileNotFoundError: if there is no plan at that path.
+    """
+
+    AUTO_MODEL_CLASS: Any = None
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike | PreTrainedModel,
+        plan: str | os.PathLike | CondensePlan | None = None,
+        num_layers: int | None = None,
+        num_experts: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(pretrained, os.PathLike):
+            pretrained = os.fspath(pretrained)
+        self._plan = read_plan(plan, num_layers, num_experts)
+        if self._plan is not None:
+            check_with_plan(pretrained, kwargs)
+        self._quantisation = pop_quantisation(kwargs)
+        if self._quantisation is not None and not isinstance(pretrained, str):
+            raise ValueError(f"`pretrained` is a loaded {type(pretrained).__name__}: it can't be quantised any more.")
+        # As lm-eval's command line does: the first GPU, or the CPU where there is none. `hf` in a script wants a GPU.
+        kwargs.setdefault("device", "cuda:0")
+        super().__init__(pretrained, **kwargs)
+        if isinstance(pretrained, str):
+            self._share_work()
+        reset_peak_memory(self.model)
+        if kwargs.get("tp_plan") is not None:
+            # Every process must take part, and at the end only one of them is asked.
+            _ = self._speed
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        super()._get_config(pretrained, **kwargs)
+        condensed = getattr(self._config, "condense_config", None)
+        if self._plan is not None and condensed:
+            base = condensed.get("base_model") or "which its config does not name"
+            raise ValueError(
+                f"`pretrained={pretrained}` is condensed already (decoder layers {_layers(condensed)}): leave `plan` "
+                f"out, or let `pretrained` be the sparse base model ({base})."
+            )
+
+    def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
+        if backend == "default" and is_ours(config.model_type):
+            backend = "causal"  # lm-eval looks into a table of transformers that can't be added to, and warns
+        super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
+
+    def _create_model(self, pretrained: str, quantization_config: Any = None, **kwargs: Any) -> None:
+        auto_class = self.AUTO_MODEL_CLASS
+        if self._plan is not None:
+            self.AUTO_MODEL_CLASS = _CondensingAutoClass(self._plan)
+        own = {name: value for name, value in kwargs.items() if name not in signature(HFLM._create_model).parameters}
+        try:
+            super()._create_model(pretrained, quantization_config=self._quantisation or quantization_config, **kwargs)
+        except TypeError as error:
+            names = {*signature(HFLM).parameters, "plan", "num_layers", "num_experts", "quantization_config"}
+            explained = explain_unexpected(error, own, names)
+            if explained is None:
+                raise
+            raise explained from error
+        finally:
+            self.AUTO_MODEL_CLASS = auto_class
+        self._config = self._model.config
+
+    def _share_work(self) -> None:
+        """Gives every process its part of the samples; `hf` has each do all of them where it sees fewer than 2 GPUs."""
+        if self.world_size == 1 and hasattr(self, "accelerator"):
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval adds to `config` in its results, with size, memory and speed.
+
+        Called once, after all tasks, in the main process, whose memory it is and which generates alone: with several
+        processes, the others hold a copy of the model each.
+        """
+        peak, peak_of = peak_memory(self.model)
+        condensed = getattr(self.model.config, "condense_config", None)
+        info = {
+            **super().get_model_info(),
+            "condensed_layers": _layers(condensed) if condensed else [],
+            "model_weight_bytes": weight_bytes(self.model),
+            "peak_memory_bytes": peak,
+            "peak_memory_of": peak_of,
+            "generation": self._speed,
+        }
+        logger.info("Size, memory and speed:\n%s", _table(info))
+        return info
+
+    @cached_property
+    def _speed(self) -> dict[str, Any]:
+        try:
+            with torch.autocast(
+                device_type=self.device.type,
+                dtype=self.mixed_precision_dtype,
+                enabled=self.mixed_precision_dtype is not None,
+            ):
+                embeddings = self.model.get_input_embeddings().weight.shape[0]
+                return generation_speed(
+                    self.model,
+                    self.device,
+                    vocabulary_size=min(len(self.tokenizer), embeddings),
+                    max_length=self.max_length,
+                    avoid=self.tokenizer.all_special_ids,
+                )
+        except Exception as error:
+            # Hours of evaluation may lie behind; their results must not be lost to this.
+            logger.warning("The speed of generation could not be measured: %r", error)
+            return {"tokens_per_second": None, "error": repr(error)}
+
+
+class _CondensingAutoClass:
+    """Stands in for `AutoModelForCausalLM` in `hf`: what it opens is condensed by a plan."""
+
+    def __init__(self, plan: CondensePlan) -> None:
+        self.plan = plan
+
+    def from_pretrained(self, path: str, quantization_config: Any = None, **kwargs: Any) -> PreTrainedModel:
+        if quantization_config is None:
+            return condense_pretrained(path, plan=self.plan, **kwargs)
+        # Quantised weights can't be folded, and folded weights that are in memory can't be quantised.
+        with _condensed_checkpoint(path, self.plan, kwargs) as folder:
+            elsewhere = {name: kwargs[name] for name in kwargs if name not in hub_kwargs(kwargs)}
+            trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=quantization_config, **trust, **elsewhere
+            )
+        model.config._name_or_path = model.name_or_path = path
+        return model
+
+
+@contextmanager
+def _condensed_checkpoint(path: str, plan: CondensePlan, model_kwargs: dict[str, Any]) -> Iterator[str]:
+    """A temporary folder with the condensed checkpoint, one for all processes of a machine."""
+    # It is condensed in RAM; where the model goes in the end is a matter of the second opening.
+    placed = {"device_map": "cpu", "max_memory": None, "offload_folder": None}
+    state = PartialState()
+    with tempfile.TemporaryDirectory(prefix="cdmoe-", ignore_cleanup_errors=True) as folder:
+        failure = None
+        if state.is_local_main_process:
+            try:
+                condense_pretrained(path, plan=plan, **{**model_kwargs, **placed}).save_pretrained(folder)
+            except Exception as error:
+                if state.num_processes == 1:
+                    raise
+                failure = error
+        # The others wait here, so they must hear of a failure as well.
+        told: list[tuple[str, str | None]] = gather_object([(folder, failure and repr(failure))])
+        written, reason = told[state.process_index - state.local_process_index]
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise RuntimeError(f"The main process could not condense {path!r}: {reason}")
+        yield written
+        state.wait_for_everyone()  # nobody reads any more
+
+
+def _layers(condense_config: dict[str, Any]) -> list[int]:
+    return sorted(map(int, condense_config["condensed_layers"]))
+
+
+def _table(info: dict[str, Any]) -> str:
+    speed, peak = info["generation"]["tokens_per_second"], info["peak_memory_bytes"]
+    header = ["parameters", "weights", "peak memory", "tokens/s"]
+    row = (
+        f"{info['model_num_parameters']:,}",
+        _size(info["model_weight_bytes"]),
+        "unknown" if peak is None else f"{_size(peak)} ({info['peak_memory_of']})",
+        "not measured" if speed is None else f"{speed:,.1f}",
+    )
+    return format_table(header, [row])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+register()  # for `simple_evaluate(model="cdmoe")` where Python's start did not install the bridge

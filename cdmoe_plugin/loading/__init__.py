@@ -1,0 +1,1 @@
+"""Checkpoints opened as condensed models, or one layer at a time."""

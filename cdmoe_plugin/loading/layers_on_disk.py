@@ -1,0 +1,198 @@
+"""Decoder layers that stay in the checkpoint's own files, where transformers reads each when its weights are needed.
+
+accelerate's hooks take a module's weights from a mapping by name. transformers fills that with copies on disk of all
+weights that it converts (which means the experts); the one here needs no copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
+
+from ..blocks import has_stacked_weights, shrink_experts
+from ..offload import offloading_hooks, release_freed_memory, weight_of, weights_source
+from .tensors import Unread, layer_of, numbered_experts, some_experts, without_experts
+
+# Experts of which the weights are stacked at once.
+_AT_ONCE = 8
+
+
+class CheckpointLayers(Mapping[str, Tensor]):
+    """Weights of decoder layers by their names in the model, one layer in memory at a time.
+
+    Args:
+        sketch (`PreTrainedModel`): The model on the meta device; it is filled and emptied again.
+        layers_path (`str`): Name of the list of decoder layers in the model, such as "model.layers".
+        tensors (`dict[str, Unread]`): Those of the checkpoint.
+        load (`Callable`): The model class's `_load_pretrained_model`.
+        load_config: transformers' settings for it.
+    """
+
+    def __init__(
+        self, sketch: PreTrainedModel, layers_path: str, tensors: Mapping[str, Unread], load: Any, load_config: Any
+    ) -> None:
+        self.sketch = sketch
+        self.prefix = f"{layers_path}."
+        self.load = load
+        # With a module on disk, if only by name, transformers converts one weight at a time, not several in threads.
+        self.load_config = replace(load_config, device_map={"": "cpu", "nothing": "disk"}, disk_offload_folder=None)
+        self.tensors: dict[int, dict[str, Unread]] = {}
+        for key, tensor in tensors.items():
+            layer = layer_of(key)
+            if layer is not None:
+                self.tensors.setdefault(layer, {})[key] = tensor
+        names = (name for name, _ in sketch.named_parameters())
+        self.names = dict.fromkeys(name for name in names if name.startswith(self.prefix))
+        # Weights of layers that lie among those of the whole model on disk (inkling2's queries): these are in memory.
+        self.elsewhere: dict[str, Tensor] = {}
+        self._layer: int | None = None
+        self._weights: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = int(name.removeprefix(self.prefix).partition(".")[0])
+        if layer != self._layer:
+            self.release()  # the layer before goes first
+            self._weights = self._read(layer)
+            self._layer = layer
+        return self._weights[name]
+
+    def release(self) -> None:
+        """Lets go of the layer in memory, if there is one; it is read again when it is needed."""
+        self._layer, self._weights = None, {}
+        release_freed_memory()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def checkpoint_state(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+        """The weights of the model under the names of its checkpoint, each a view of a file that is read when used.
+
+        Decoder layers that are as they were come from the checkpoint's own files: in memory, and in the other form that
+        the model has of them, they would be there twice.
+
+        Returns:
+            None where weights have another dtype in the checkpoint.
+        """
+        changed = {int(layer) for layer in (getattr(model.config, "condense_config", None) or {})["condensed_layers"]}
+        kept = {layer: tensors for layer, tensors in self.tensors.items() if layer not in changed}
+        if any(tensor.torch_dtype != model.dtype for tensors in kept.values() for tensor in tensors.values()):
+            return None
+        own = {
+            name: weight_of(model, name, tensor)
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(tuple(f"{self.prefix}{layer}." for layer in kept)) or name in self.elsewhere
+        }
+        self.release()
+        state = {key: tensor[...] for tensors in kept.values() for key, tensor in tensors.items()}
+        return state | revert_weight_conversion(model, own)
+
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        tensors = self.tensors[layer]
+        numbers = numbered_experts(tensors)
+        module = self.sketch.get_submodule(f"{self.prefix}{layer}")
+        with no_progress_bars():  # one for every layer, again and again
+            whole = self._read_experts(module, tensors, numbers) if numbers else {}
+            self.load(self.sketch, without_experts(tensors), None, self.load_config)
+        weights = {name: parameter.detach() for name, parameter in module.named_parameters()} | whole
+        module.to("meta")
+        read = {f"{self.prefix}{layer}.{name}": weight for name, weight in weights.items()}
+        return read | {name: self.elsewhere[name] for name in read if name in self.elsewhere}
+
+    def _read_experts(
+        self, module: nn.Module, tensors: Mapping[str, Unread], numbers: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The stacked weights of experts that lie one by one on disk, a few at a time.
+
+        transformers has all that it stacks in memory twice or more.
+        """
+        path, experts = next((name, m) for name, m in module.named_modules() if has_stacked_weights(m))
+        prefix = f"{path}." if path else ""
+        whole: dict[str, Tensor] = {}
+        shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in experts.named_parameters()}
+        for start in range(0, len(numbers), _AT_ONCE):
+            some = numbers[start : start + _AT_ONCE]
+            shrink_experts(experts, len(numbers), len(some))
+            self.load(self.sketch, some_experts(tensors, some), None, self.load_config)
+            for name, parameter in experts.named_parameters():
+                if not parameter.is_meta:
+                    if name not in whole:
+                        whole[name] = torch.empty(shapes[name][0], dtype=shapes[name][1])
+                    rows = len(parameter) // len(some)
+                    whole[name][start * rows :][: len(parameter)] = parameter.detach()
+            shrink_experts(experts, len(some), len(numbers))
+        return {prefix + name: weight for name, weight in whole.items()}
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Turns transformers' progress bars off for a while."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_but_layers(
+    model: PreTrainedModel, layers_path: str, tensors: Mapping[str, Unread], load: Any, load_config: Any
+) -> tuple[Any, CheckpointLayers]:
+    """Loads all of a model but its decoder layers.
+
+    Args:
+        model (`PreTrainedModel`): On the meta device.
+        layers_path (`str`), tensors (`dict[str, Unread]`), load, load_config: As for `CheckpointLayers`.
+
+    Returns:
+        What transformers tells of the whole checkpoint's keys, and the layers.
+    """
+    sketch = copy.deepcopy(model)
+    # On the meta device nothing is read: what is missing or does not fit shows all the same.
+    shapes = {
+        key: torch.empty(tensor.shape, dtype=tensor.torch_dtype, device="meta") for key, tensor in tensors.items()
+    }
+    on_meta = replace(load_config, device_map={"": "meta"}, disk_offload_folder=None)
+    with no_progress_bars():
+        info, _ = load(sketch, shapes, None, on_meta)
+    # Hooks bring parameters, and no buffers. These may have other names on disk, but nothing that large is one.
+    saved = sketch.state_dict()
+    largest = max((buffer.numel() for name, buffer in sketch.named_buffers() if name in saved), default=0)
+    of_layers = {key: part for key, part in tensors.items() if layer_of(key) is not None}
+    small = {key: part for key, part in of_layers.items() if math.prod(part.shape) <= largest}
+    to_memory = replace(load_config, device_map=_in_memory(load_config.device_map))
+    load(model, {key: part for key, part in tensors.items() if key not in of_layers}, None, to_memory)
+    layers = CheckpointLayers(sketch, layers_path, tensors, load, load_config)
+    found = [(name, p.detach()) for name, p in model.named_parameters() if name.startswith(layers.prefix)]
+    layers.elsewhere = {name: weight for name, weight in found if not weight.is_meta}
+    load(model, small, None, to_memory)
+    # What saving has to undo is noted by what was converted.
+    model._weight_conversions = sketch._weight_conversions
+    return info, layers
+
+
+def _in_memory(device_map: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: "cpu" if device == "disk" else device for name, device in device_map.items()}
+
+
+def bring_from(model: PreTrainedModel, layers: CheckpointLayers) -> None:
+    """Has accelerate's hooks take the weights of decoder layers from where they are."""
+    for module in model.modules():
+        for hook in offloading_hooks(module):
+            weights_source(hook).state_dict = layers

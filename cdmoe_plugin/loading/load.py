@@ -1,0 +1,179 @@
+"""Opens a sparse checkpoint as a condensed model: the experts that a plan drops are never read.
+
+transformers does the loading, with its device maps, dtypes, shards and renamings. It is only given less: in a layer
+that the plan condenses, the model is built with K experts instead of N, and of the checkpoint's expert tensors it sees
+the kept ones. The small sparse blocks are then folded, layer by layer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..blocks import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks, shrink_experts
+from ..condense.apply import apply_layers, become_condensed, check_form, refuse_condensed, refuse_quantised
+from ..plan import CondensePlan
+from .layers_on_disk import CheckpointLayers, bring_from, load_but_layers
+from .tensors import unread_tensors
+
+
+def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> PreTrainedModel:
+    """Opens a sparse checkpoint and condenses it as a plan says, reading only what the condensed model needs.
+
+    Args:
+        path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
+        plan (`CondensePlan`): What to condense; its form is not "trim_block".
+        **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        ValueError: if the plan does not fit the model; before any weight is read.
+    """
+    sketch, blocks = sketch_model(path, model_kwargs)
+    shape = model_shape(sketch, blocks)
+    plan.check_fits(shape)
+    check_form(blocks, plan.layers, plan.form)
+    kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
+    counts = {block.layer: block.num_experts for block in blocks}
+    model = _open(path, sketch, model_kwargs, kept, counts)
+    renumbered = [replace(layer, experts=list(range(len(layer.experts)))) for layer in plan.layers]
+    small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
+    for block in small:
+        probe_blocks(model, [block], router_experts=counts[block.layer])
+    specs = apply_layers(model, small, renumbered, plan.form, at_once=False)
+    plan = plan if plan.model is not None else replace(plan, model=shape)
+    become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
+    return model
+
+
+def load_sparse(path: str | os.PathLike, sketch: PreTrainedModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Opens a sparse checkpoint as it is.
+
+    Args:
+        sketch (`PreTrainedModel`): The same model on the meta device.
+        model_kwargs (`dict`): For `from_pretrained`; with an `offload_folder` alone, decoder layers stay on disk.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights.
+    """
+    if "offload_folder" in model_kwargs:
+        return _open(path, sketch, model_kwargs, {}, {})
+    opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    model, loading_info = opened
+    check_whole(model, loading_info)
+    return model
+
+
+def _open(
+    path: str | os.PathLike,
+    sketch: PreTrainedModel,
+    model_kwargs: dict[str, Any],
+    kept: dict[int, list[int]],
+    counts: dict[int, int],
+) -> PreTrainedModel:
+    layers_path = None
+    if "offload_folder" in model_kwargs and model_kwargs.get("device_map") is None:
+        layers_path = _layers_path(sketch)
+        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch, layers_path)}
+    layers: list[CheckpointLayers] = []
+    loader = _loader_class(type(sketch), kept, counts, layers_path, layers)
+    opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    model, loading_info = opened
+    check_whole(model, loading_info)
+    model.__class__ = type(sketch)
+    for each in layers:
+        bring_from(model, each)
+    return model
+
+
+def _layers_path(sketch: PreTrainedModel) -> str:
+    """Name of the list of decoder layers in the whole model, such as "model.layers"."""
+    in_base = find_sparse_blocks(sketch)[0].path.rsplit(".", 2)[0]
+    layers = sketch.base_model.get_submodule(in_base)
+    return next(name for name, module in sketch.named_modules() if module is layers)
+
+
+def layers_on_disk(sketch: PreTrainedModel, layers_path: str) -> dict[str, str | int]:
+    """A device map with all decoder layers on disk, and the rest where they compute: on a GPU if there is one."""
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    device_map: dict[str, str | int] = {}
+    for name, module in sketch.named_modules():
+        if name == layers_path:
+            device_map |= {f"{name}.{i}": "disk" for i, _ in enumerate(module.children())}
+        elif not f"{layers_path}.".startswith(f"{name}.") and not name.startswith(f"{layers_path}."):
+            own = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            if name and (own or not any(True for _ in module.children())):
+                device_map[name] = device
+    return device_map
+
+
+def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint is found, for its config and tokenizer."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code", "subfolder")
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
+
+
+def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[SparseBlock]]:
+    """The model of a sparse checkpoint on the meta device, from its config alone, and its sparse blocks.
+
+    Raises:
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        ValueError: if the checkpoint is condensed already, or is or would be quantised.
+    """
+    config = model_kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_kwargs(model_kwargs))
+    with torch.device("meta"):
+        sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=model_kwargs.get("trust_remote_code"))
+    refuse_condensed(sketch)
+    refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
+    return sketch, find_sparse_blocks(sketch)
+
+
+def check_whole(model: PreTrainedModel, loading_info: Any) -> None:
+    """Checks that all weights of a model that `from_pretrained` returned came from the checkpoint.
+
+    Raises:
+        ValueError: naming weights that transformers made up, for it only warns.
+    """
+    lost = {str(key) for key in loading_info.get("missing_keys", ())}
+    lost |= {str(key[0]) for key in loading_info.get("mismatched_keys", ())}
+    if lost:
+        some = sorted(lost)[:3]
+        raise ValueError(f"The checkpoint {model.name_or_path!r} lacks {len(lost)} of its weights, such as {some}.")
+
+
+def _loader_class(
+    base: type[PreTrainedModel],
+    kept: dict[int, list[int]],
+    counts: dict[int, int],
+    layers_path: str | None,
+    layers: list[CheckpointLayers],
+) -> type[PreTrainedModel]:
+    """The base class with fewer experts in condensed layers, which reads as many from the checkpoint.
+
+    With a `layers_path`, it reads no decoder layer, and adds to `layers` where they are.
+    """
+
+    def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for block in describe_sparse_blocks(self):
+            if block.layer in kept:
+                shrink_experts(block.experts, counts[block.layer], len(kept[block.layer]))
+
+    def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any) -> Any:
+        if files is not None:
+            if not all(str(file).endswith(".safetensors") for file in files):
+                raise ValueError("With a plan, only checkpoints in safetensors are read: others can't be read in part.")
+            state_dict, files = unread_tensors(files, kept, counts), None
+            if layers_path is not None:
+                info, found = load_but_layers(model, layers_path, state_dict, base._load_pretrained_model, load_config)
+                layers.append(found)
+                return info, {}
+        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
+
+    # Under the base's own name and module, transformers treats it as the class that it is.
+    namespace = {"__module__": base.__module__, "__init__": init, "_load_pretrained_model": staticmethod(load)}
+    return type(base.__name__, (base,), namespace)

@@ -1,0 +1,1 @@
+"""The classes of condensed models, their saving and registration."""

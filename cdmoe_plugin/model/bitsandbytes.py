@@ -1,0 +1,47 @@
+"""What condensed models need of bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def settle_bitsandbytes(model: Any) -> None:
+    """Let a model with layers of bitsandbytes compute from its weights as they are stored, and be saved again.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4 bit layer's weights at its first forward pass in eval mode.
+    That fails unless `out_features % 32 == 0` and `in_features % 64 == 0`, which a gate per token (one row) never has.
+    Where it succeeds, no gradient passes through the layer any more, `dequantize()` returns other weights, and so does
+    opening what is saved without double quantisation. So the layers are told not to.
+
+    A checkpoint that was quantised when it was opened can't be saved again in transformers 5.17 to 5.23: their reader
+    of quantised weights is noted as something to undo, and has no inverse. It needs none.
+    """
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return
+    narrow = []
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % 64 in (16, 32, 48) and module.weight.device.type == "cpu":
+                narrow.append(name)
+    if narrow:
+        logger.warning(
+            f"The input widths of {len(narrow)} layers in 4 bit, such as {narrow[0]}, are no multiples of 64: "
+            "bitsandbytes 0.50 computes wrong values from such weights on some CPUs. Use 8 bit, or name these layers "
+            "in `llm_int8_skip_modules`."
+        )
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [conversion for conversion in conversions if _has_inverse(conversion)]
+
+
+def _has_inverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,226 @@
+"""Condensed Mixture-of-Experts models for transformers.
+
+A *condensed* layer is a sparse block without its router, whose kept experts, with constant gates, are folded with the
+shared expert into one dense gated MLP (CD-MoE, arXiv 2412.00069). For every model class `X` of transformers there is a
+class `CDMoEX`, a subclass made on first use, and for its config class one with `model_type` "cdmoe_<base>".
+`config.condense_config` says which layers are condensed and how wide they are; weights keep the base model's names.
+
+This file and `layers_cdmoe.py` are also saved beside weights, for `trust_remote_code=True` where the package
+`cdmoe_plugin` is not installed. So they import torch, transformers and each other only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from .layers_cdmoe import install_condensed_layers
+
+PREFIX = "CDMoE"
+MODEL_TYPE_PREFIX = "cdmoe_"
+# Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
+_ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
+
+# For type checkers, a condensed model is a model; at run time the base class is added by `ClassFactory`.
+_Model: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class CondensedModelMixin(_Model):
+    """The condensed layers of a model, and the loading that refuses a checkpoint without all of its weights."""
+
+    _base_class: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install_condensed_layers(self)
+        if (config.condense_config or {}).get("all_condensed"):
+            silence_router_loss(self)
+        self.post_init()
+
+    @property
+    def condense_plan(self) -> Any:
+        """The plan that was applied, as a `dict`; None if the config holds none."""
+        return (self.config.condense_config or {}).get("plan")
+
+    # transformers searches the source of a class's own module for "@use_experts_implementation" and falls back to the
+    # slow loop over experts if it is missing; only the base class's module has it.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._base_class._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._base_class._can_set_attn_implementation()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does, but refuse a checkpoint that lacks weights of the decoder.
+
+        Raises:
+            ValueError: if a weight of the base model is missing or has another shape, or if a condensed layer has no
+                place for one.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _refuse_another_checkpoint(model, info)
+        return (model, info) if wants_info else model
+
+
+def _refuse_another_checkpoint(model: Any, info: Mapping[str, Any]) -> None:
+    # Only a head that is new, such as that of a classifier, may start from random weights.
+    whole = model.base_model is model or model.get_output_embeddings() is not None
+    random = {str(key) for key in info.get("missing_keys", ())}
+    random |= {str(key[0]) for key in info.get("mismatched_keys", ())}  # where the caller ignores the sizes
+    lost = sorted(key for key in random if whole or key.startswith(f"{model.base_model_prefix}."))
+    if lost:
+        raise ValueError(
+            f"The checkpoint {model.name_or_path!r} lacks {len(lost)} weights of this condensed model, such as "
+            f"{lost[:3]}: it was not saved whole, or its config.json belongs to another checkpoint."
+        )
+    places = []
+    for spec in model.config.condense_config["condensed_layers"].values():
+        layer = spec["module"].rpartition(".")[0]
+        others = [name for name in (*spec["omitted"], spec.get("router")) if name is not None]
+        places += [f"{spec['module']}.", *(f"{layer}.{name}." for name in others)]
+    unused = sorted(str(key) for key in info.get("unexpected_keys", ()) if any(p in str(key) for p in places))
+    if unused:
+        raise ValueError(
+            f"The checkpoint {model.name_or_path!r} has {len(unused)} weights for which its condensed layers have "
+            f"no place, such as {unused[:3]}: its config.json was edited or belongs to another checkpoint."
+        )
+
+
+def silence_router_loss(model: PreTrainedModel) -> None:
+    """Turn the router's load-balancing loss off, in the config and on the model, once no router is left.
+
+    transformers computes that loss over all routers and fails if there are none; TRL switches it on by itself
+    wherever the config holds a coefficient other than 0.
+    """
+    config = model.config
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+    for field in _ROUTER_LOSS_FIELDS:
+        for holder in (config, model):
+            if getattr(holder, field, None):
+                setattr(holder, field, 0.0)
+
+
+def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> dict[str, str] | None:
+    """Add the condensed MLPs to the base architecture's tensor parallel plan.
+
+    Names are patterns ("layers.*.mlp.up_proj"), so sparse layers and those that always were dense share the entries;
+    they have other names inside, or the same gated MLP. A gate per token scales the first of the MLP's neurons: with
+    such a gate, the neurons of all processes are gathered before it, and split again after it.
+    """
+    if not base_plan:
+        return None
+    plan = dict(base_plan)
+    layers = config.condense_config.get("condensed_layers") if isinstance(config.condense_config, Mapping) else None
+    specs = layers.values() if isinstance(layers, Mapping) else ()
+    # A trimmed MLP has nothing to split; a spec that is not valid is refused when the layers are made.
+    specs = [
+        s for s in specs if isinstance(s, Mapping) and isinstance(s.get("module"), str) and "shared_expert_gate" in s
+    ]
+    for spec in sorted(specs, key=lambda spec: bool(spec["shared_expert_gate"])):
+        place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
+        if spec.get("router") is not None:  # in the place of other layers' experts: neither is split
+            plan = {name: how for name, how in plan.items() if not f"{name}.".startswith(f"{place}.")}
+            continue
+        gated = ("colwise_gather_output", "rowwise_split_input")
+        inner, outer = gated if spec["shared_expert_gate"] else ("colwise", "rowwise")
+        plan |= {f"{place}.gate_proj": inner, f"{place}.up_proj": inner, f"{place}.down_proj": outer}
+    return plan
+
+
+class ClassFactory:
+    """Make condensed classes on first use, as attributes of one module, where pickle and auto classes look for them.
+
+    Args:
+        module (`str`): Name of the module.
+        mixin (`type`): The mixin of its model classes.
+    """
+
+    def __init__(self, module: str, mixin: type[CondensedModelMixin]) -> None:
+        self.module = module
+        self.mixin = mixin
+
+    def by_name(self, name: str) -> Any:
+        """Make `CDMoE<X>` for a config or model class `<X>` of transformers, or of the module.
+
+        Raises:
+            AttributeError: if there is no such class.
+        """
+        if name.startswith(PREFIX):
+            base_name = name.removeprefix(PREFIX)
+            base = vars(sys.modules[self.module]).get(base_name) or getattr(transformers, base_name, None)
+            if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+                return self.config_class(base)
+            if isinstance(base, type) and issubclass(base, PreTrainedModel):
+                return self.model_class(base)
+        raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
+
+    def config_class(self, base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+        """Make the config class of condensed models on `base`: its fields and `condense_config` (`dict`)."""
+
+        def get_plan(config: Any) -> dict[str, str] | None:
+            return tensor_parallel_plan(vars(config).get("base_model_tp_plan", base.base_model_tp_plan), config)
+
+        def set_plan(config: Any, plan: dict[str, str] | None) -> None:
+            vars(config)["base_model_tp_plan"] = plan  # as transformers 5.17 to 5.19 do where embeddings are tied
+
+        return self._made(
+            base,
+            (base,),
+            {
+                "model_type": MODEL_TYPE_PREFIX + base.model_type,
+                "condense_config": None,
+                "base_model_tp_plan": property(get_plan, set_plan),
+                "__annotations__": {"condense_config": "dict | None"},
+            },
+        )
+
+    def model_class(self, base: Any) -> Any:
+        """Make the condensed subclass of a model class."""
+        if issubclass(base, CondensedModelMixin):
+            return base
+        config_class = self.config_class(base.config_class)
+        for known, new in (
+            (base.__name__, PREFIX + base.__name__),
+            (base.config_class.model_type, config_class.model_type),
+        ):
+            mapping = get_checkpoint_conversion_mapping(known)
+            # Without this, the names on disk would change, and original checkpoints would not be understood.
+            if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
+                register_checkpoint_conversion_mapping(new, mapping)
+        made = self._made(base, (self.mixin, base), {"config_class": config_class, "_base_class": base})
+        # Classification heads build their decoder by `AutoModel.from_config`, also where this file is a copy.
+        decoders = AutoModel._model_mapping
+        if base.config_class in decoders and config_class not in decoders:
+            decoder = decoders[base.config_class]
+            decoder = decoder[0] if isinstance(decoder, (list, tuple)) else decoder
+            AutoModel.register(config_class, made if decoder is base else self.model_class(decoder), exist_ok=True)
+        return made
+
+    def _made(self, base: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        name = PREFIX + base.__name__
+        module = sys.modules[self.module]
+        if name not in vars(module):
+            setattr(module, name, type(name, bases, {"__module__": self.module, "__qualname__": name, **namespace}))
+        return vars(module)[name]
+
+
+_classes = ClassFactory(__name__, CondensedModelMixin)
+
+
+def __getattr__(name: str) -> Any:
+    """Make `CDMoE<X>` for a config or model class `<X>` of transformers."""
+    return _classes.by_name(name)

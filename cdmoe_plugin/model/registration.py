@@ -1,0 +1,77 @@
+"""Make transformers' auto classes know condensed models, and DeepSeekMoE-16B's architecture, on first use.
+
+Any of a hundred base architectures may have been condensed. Registering a class for each would import every
+modeling file of transformers, so the auto classes are told of a model type only when they first ask for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.auto import configuration_auto, modeling_auto
+
+DEEPSEEK = "deepseek"
+MODEL_TYPE_PREFIX = "cdmoe_"
+_MAPPING = configuration_auto.CONFIG_MAPPING
+
+
+# transformers has no way to register a model type whose classes are imported later: `AutoConfig.register` takes a
+# class, and all base architectures would have to be imported. So the private dict behind it is replaced by one that
+# registers on look-up (tested with transformers 5.17 and 5.23). It can go once names can be registered lazily.
+class _OnDemand(dict):
+    """The user-registered part of transformers' `CONFIG_MAPPING`, which registers condensed model types on look-up."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or is_ours(model_type)
+
+    def __missing__(self, model_type: str) -> Any:
+        if not is_ours(model_type):
+            raise KeyError(model_type)
+        if model_type == DEEPSEEK:
+            register_deepseek()
+        else:
+            register_condensed(model_type.removeprefix(MODEL_TYPE_PREFIX))
+        return self[model_type]
+
+
+def is_ours(model_type: object) -> bool:
+    """Whether a model type is "deepseek" (where transformers lacks it) or "cdmoe_" plus one that transformers knows."""
+    if not isinstance(model_type, str):
+        return False
+    base = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if base == model_type:
+        return model_type == DEEPSEEK and DEEPSEEK not in _MAPPING._mapping
+    return base in _MAPPING and not base.startswith(MODEL_TYPE_PREFIX)
+
+
+def register() -> None:
+    """Hooks the model types of this package into `AutoConfig`; called at import, safe to call again."""
+    if not isinstance(_MAPPING._extra_content, _OnDemand):
+        _MAPPING._extra_content = _OnDemand(_MAPPING._extra_content)
+
+
+def register_deepseek() -> None:
+    """Registers DeepSeekMoE-16B's own architecture (`model_type` "deepseek") with the auto classes."""
+    deepseek = importlib.import_module(".modeling_deepseek", __package__)
+    AutoConfig.register(DEEPSEEK, deepseek.DeepseekConfig, exist_ok=True)
+    for auto_name, model_class in (
+        ("AutoModel", deepseek.DeepseekModel),
+        ("AutoModelForCausalLM", deepseek.DeepseekForCausalLM),
+        ("AutoModelForSequenceClassification", deepseek.DeepseekForSequenceClassification),
+    ):
+        getattr(modeling_auto, auto_name).register(deepseek.DeepseekConfig, model_class, exist_ok=True)
+
+
+def register_condensed(base_model_type: str) -> None:
+    """Register "cdmoe_<base>" with AutoConfig and with every auto class that opens the base model type."""
+    # Not at the top: `import cdmoe_plugin` should import none of this.
+    from .classes import condensed_config_class, condensed_model_class
+    from .saving import auto_classes
+
+    base = _MAPPING[base_model_type]
+    config_class = condensed_config_class(base)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_name, model_class in auto_classes(base).items():
+        getattr(modeling_auto, auto_name).register(config_class, condensed_model_class(model_class), exist_ok=True)

@@ -1,0 +1,88 @@
+"""What a training script needs: only the condensed layers learn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .layers_cdmoe import CondensedMLP
+from .lookup import condensed_layers
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+
+def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
+    """Sets `requires_grad` on the condensed layers' MLPs and on nothing else (CD-MoE, section 4.3).
+
+    transformers' Trainer takes any model of which a part is quantised for one that can't be trained without adapters:
+    if the condensed layers were skipped when the model was quantised, set `model.is_quantized = False` for it.
+
+    Returns:
+        `list[str]`: Names of the parameters that will be trained, as in `model.named_parameters()`.
+
+    Raises:
+        ValueError: if the model is not condensed, its condensed layers are quantised, or its layers were trimmed.
+    """
+    mlps = _trainable_layers(model).values()
+    _refuse_quantised_layers(model, mlps)
+    trained = {id(p) for mlp in mlps for p in mlp.parameters()}
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+        if parameter.requires_grad:
+            names.append(name)
+    return names
+
+
+def _trainable_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
+    mlps = condensed_layers(model)
+    if not mlps:
+        raise ValueError(
+            "The MLPs of the chosen layers were dropped (`trim_layer`): there is nothing to train in them."
+        )
+    return mlps
+
+
+def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) -> None:
+    # Weights in 4 bit may be stored as floating point numbers (`bnb_4bit_quant_storage`), which they are not.
+    if any(not p.is_floating_point() or hasattr(p, "quant_state") for mlp in mlps for p in mlp.parameters()):
+        names = {id(module): name for name, module in model.named_modules()}
+        skipped = [*(names[id(mlp)] for mlp in mlps), "lm_head"]
+        raise ValueError(
+            "The condensed layers are quantised, and quantised weights can't be trained. Train adapters on them with "
+            "`LoraConfig(target_modules=condensed_module_names(model))`, or leave them out when the model is opened: "
+            f"`BitsAndBytesConfig(..., llm_int8_skip_modules={skipped})`."
+        )
+
+
+def condensed_module_names(model: PreTrainedModel) -> list[str]:
+    """Names of the condensed layers' projections (three, two without gates), for `LoraConfig(target_modules=...)`.
+
+    Raises:
+        ValueError: if the model is not condensed, or its layers were trimmed.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    projections = ("gate_proj", "up_proj", "down_proj")
+    mlps = _trainable_layers(model).values()
+    return [f"{names[id(mlp)]}.{part}" for mlp in mlps for part in projections if getattr(mlp, part) is not None]
+
+
+def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:
+    """Excepts the condensed layers of a model, and its head, from quantisation, so that they can be trained.
+
+    Args:
+        quantization_config (`BitsAndBytesConfig`): Changed in place, and returned.
+        config (`PreTrainedConfig`): That of the condensed checkpoint.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    names = [name for name, module in model.named_modules() if isinstance(module, CondensedMLP)]
+    skipped = [*(quantization_config.llm_int8_skip_modules or []), *names, "lm_head"]
+    quantization_config.llm_int8_skip_modules = skipped
+    return quantization_config

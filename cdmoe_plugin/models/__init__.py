@@ -1,1 +1,0 @@
-"""Model architectures that transformers itself does not hold."""

@@ -1,1 +1,0 @@
-"""DeepSeekMoE (`model_type` "deepseek"): `modeling_deepseek`, imported only when needed."""

@@ -1,0 +1,1 @@
+"""The search for experts, gates and layers (CD-MoE, Algorithms 1 and 2)."""

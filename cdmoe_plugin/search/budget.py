@@ -1,0 +1,98 @@
+"""A total of kept experts for all condensed layers together, in experts, in their parameters or in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..blocks import SparseBlock
+from ..config import CondenseConfig
+from ..sizes import Unit, read_budget
+
+# How many times the average a layer may get: what the expert search computes orders for.
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """An expert budget on the layers of a model that may be condensed.
+
+    Args:
+        amount (`int`): What may be kept in all condensed layers together, in `unit`.
+        unit (`str`): "experts", "parameters" or "bytes".
+        costs (`dict[int, int]`): What one routed expert of each candidate layer costs, in `unit`.
+        sizes (`dict[int, int]`): Routed experts of each candidate layer.
+        num_layers (`int`): How many of the candidates will be condensed.
+    """
+
+    amount: int
+    unit: Unit
+    costs: Mapping[int, int]
+    sizes: Mapping[int, int]
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: CondenseConfig, blocks: Sequence[SparseBlock]) -> LayerBudget | None:
+        """The budget that a config means on a model's sparse blocks; None where it asks for one K for all layers."""
+        if config.num_experts != "auto":
+            return None
+        amount, unit = read_budget(config.expert_budget)
+        candidates = [block for block in blocks if config.layers is None or block.layer in config.layers]
+        costs = {block.layer: _cost(block, unit) for block in candidates}
+        sizes = {block.layer: block.num_experts for block in candidates}
+        return cls(amount, unit, costs, sizes, config.num_layers)
+
+    @property
+    def uniform(self) -> int:
+        """The largest K of which every choice of layers fits into the budget."""
+        return self.amount // self._dearest(self.costs.values())
+
+    def depth(self, layer: int) -> int:
+        """How many experts of a layer are worth ordering: three times the average, as far as one layer can pay."""
+        average = -(-self.amount // self._dearest(self.costs.values()))
+        return min(_DEPTH * average, self.amount // self.costs[layer], self.sizes[layer])
+
+    def even(self, layers: Sequence[int]) -> dict[int, int]:
+        """The most experts of these layers that fit, one for each in turn."""
+        kept, left = dict.fromkeys(layers, 0), self.amount
+        while open_layers := [i for i in layers if kept[i] < self.sizes[i] and self.costs[i] <= left]:
+            for layer in open_layers:
+                if self.costs[layer] <= left:
+                    kept[layer] += 1
+                    left -= self.costs[layer]
+        return kept
+
+    def check(self) -> None:
+        """Checks that the layers have as much as the budget.
+
+        Raises:
+            ValueError: naming the field, what was asked for and what there is.
+        """
+        there = self._dearest([self.costs[layer] * size for layer, size in self.sizes.items()])
+        if self.amount > there:
+            raise ValueError(
+                f"`expert_budget` is {self.amount:,} {self.unit}, but all routed experts of {self.num_layers} layers "
+                f"are {there:,} {self.unit}."
+            )
+
+    def _dearest(self, each: Iterable[int]) -> int:
+        """The sum over those `num_layers` candidates for which it is the largest."""
+        return sum(sorted(each)[-self.num_layers :])
+
+
+def experts_per_layer(config: CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]) -> dict[int, int]:
+    """How many experts each of these layers keeps by a config, before any search: a budget counts as spent in full."""
+    budget = LayerBudget.of(config, blocks)
+    if budget is not None:
+        return budget.even(layers)
+    assert isinstance(config.num_experts, int)
+    return dict.fromkeys(layers, config.num_experts)
+
+
+def _cost(block: SparseBlock, unit: Unit) -> int:
+    if unit == "experts":
+        return 1
+    weights = block.pieces([0], [1.0])[-1].weights
+    own = (*weights.matrices, weights.gate_bias, weights.up_bias)  # down biases become one
+    size = sum(part.numel() for part in own if part is not None)
+    return size * block.dtype.itemsize if unit == "bytes" else size

@@ -1,0 +1,1 @@
+"""Expert selection: Algorithm 1 and its alternatives."""

@@ -1,0 +1,73 @@
+"""What expert selection looks at in a sparse layer, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...blocks import SparseBlock
+from ...decoder.record import LayerCall
+from ..processes import Processes
+
+
+@dataclass
+class SparseLayerData:
+    """Everything that expert selection may look at in one sparse layer.
+
+    Args:
+        block (`SparseBlock`): The sparse block.
+        calls (`list[LayerCall]`): The layer on this process's calibration batches.
+        gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
+        metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
+        cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
+        seed (`int`): Seed of every random choice.
+        processes (`Processes`): Who has the other batches; sums go over all of them.
+    """
+
+    block: SparseBlock
+    calls: list[LayerCall]
+    gates: Tensor
+    metric: Callable[[Tensor, Tensor], Tensor]
+    cache_bytes: int
+    seed: int = 0
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def candidates(self) -> list[int]:
+        """Experts that at least one token chose."""
+        return [int(i) for i in torch.nonzero(~self.gates.isnan()).flatten()]
+
+    @property
+    def factors(self) -> Tensor:
+        """float64 `[N]`, what multiplies `expert_outputs` in a condensed layer: gates, or 1 where these are in them."""
+        return self.gates.where(self.gates.isnan(), 1.0) if self.block.gates_inputs else self.gates
+
+    def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
+        """`[N, T, H]`, what routed experts (all by default) give for `x` `[T, H]` in a condensed layer, but `factors`.
+
+        Where the router's weights multiply the experts' inputs, that is `E_i(g_i x)` with the constant gates: these do
+        not depend on which experts are kept, and the layer is a plain sum of such outputs like any other.
+        """
+        if not self.block.gates_inputs:
+            return self.block.expert_outputs(x, experts)
+        return self.block.expert_outputs(x, experts, self.gates if experts is None else self.gates[list(experts)])
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """The experts of one layer in the order of their selection.
+
+    Args:
+        experts (`list[int]`): The kept experts.
+        scores (`list[float]`): Divergence of the layer's output with none of them, with the first, with the first two,
+            ...: the same quantity for every method, also where the order comes from something else.
+        steps (`list[dict[int, float]]`): Divergence of every candidate in every round; empty where the method has no
+            rounds.
+    """
+
+    experts: list[int]
+    scores: list[float]
+    steps: list[dict[int, float]] = field(default_factory=list)

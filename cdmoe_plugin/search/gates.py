@@ -1,0 +1,36 @@
+"""Constant gates for condensed layers (Eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..decoder.record import LayerCall
+from .processes import Processes
+
+
+def mean_gates(calls: Sequence[LayerCall], num_experts: int, processes: Processes) -> Tensor:
+    """Mean router weight of each expert over the tokens that chose it (CD-MoE, Eq. 2).
+
+    Args:
+        calls: A sparse layer on this process's calibration batches; padding is in none of them.
+        num_experts (`int`): Routed experts N of the layer.
+        processes (`Processes`): Who has the other batches.
+
+    Returns:
+        `Tensor`: float64 `[N]`; NaN for an expert that no token chose, which has no mean and is no candidate.
+    """
+    parts = []
+    for call in calls:
+        experts = call.routing.experts.flatten().cpu()
+        weights = call.routing.weights.flatten().cpu().double()
+        sums = torch.zeros(2, num_experts, dtype=torch.float64)
+        sums.index_add_(1, experts, torch.stack([weights, torch.ones_like(weights)]))
+        parts.append(sums)
+    total, counts = processes.total(parts).cpu()
+    return total / counts
+
+
+GATES: dict[str, Callable[[Sequence[LayerCall], int, Processes], Tensor]] = {"mean": mean_gates}

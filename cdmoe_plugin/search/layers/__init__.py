@@ -1,0 +1,1 @@
+"""Layer selection: Algorithm 2 and its alternatives."""

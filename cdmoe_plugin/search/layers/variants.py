@@ -1,0 +1,158 @@
+"""The model with some layers condensed, and how far its output moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...decoder.stream import LayerStream, State
+from ..processes import Processes
+from .outputs import OutputComparison
+
+# What a candidate layer does while it stands condensed in the model.
+Condense = Callable[[int], AbstractContextManager[None]]
+# The decoder layers that are condensed in one variant of the model.
+Condensed = frozenset[int]
+
+
+@dataclass
+class LayerSearchData:
+    """Everything that layer selection may look at.
+
+    Args:
+        stream (`LayerStream`): The unmodified model on the calibration tokens.
+        candidates (`list[int]`): Decoder layers that may be condensed.
+        condense (`Callable`): Context manager that puts the condensed form of a layer in its place.
+        comparison (`OutputComparison`): How far two outputs of the model are apart.
+        own_divergences (`dict[int, float]`): Divergence of each candidate's own output once it is condensed, as the
+            expert search measured it.
+        cache_bytes (`int`): Memory for hidden states of variants of the model that run side by side.
+        token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
+        entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
+            is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
+        processes (`Processes`): Who else works on this search.
+        known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
+        name (`str`): How their names begin there.
+    """
+
+    stream: LayerStream
+    candidates: list[int]
+    condense: Condense
+    comparison: OutputComparison
+    own_divergences: dict[int, float]
+    cache_bytes: int
+    token_weights: list[Tensor]
+    entering: Callable[[int, State, int], Tensor]
+    processes: Processes = field(default_factory=Processes)
+    known: MutableMapping[str, float] = field(default_factory=dict)
+    name: str = "layers"
+
+
+class ModelVariants:
+    """The model with different sets of layers condensed, all run side by side, one decoder layer after the other.
+
+    Variants that are alike up to some layer are one up to there: they share its hidden states. Each layer's weights
+    are needed once for all variants, which is what counts where they come from disk.
+    """
+
+    def __init__(self, data: LayerSearchData) -> None:
+        self.data = data
+        self.target: list[Tensor] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Layers that are run to compare variants, each once per batch, however many variants there are."""
+        return len(self.data.stream) * len(self.data.stream.batches)
+
+    def divergences(self, variants: Iterable[Condensed], tick: Callable[[int], object] = int) -> dict[Condensed, float]:
+        """How far the output of each variant is from the unmodified model's.
+
+        Args:
+            variants (`Iterable[frozenset[int]]`): The condensed layers of each.
+            tick (`Callable`): Told how many of the `steps` are done, as they are done.
+
+        Raises:
+            ValueError: naming the layers, if one is not finite.
+        """
+        variants = list(variants)
+        known = self.data.known
+        missing = [variant for variant in variants if self._name(variant) not in known]
+        if missing:
+            found = self._measure(missing, tick)
+            for variant, divergence in found.items():
+                _check_finite(divergence, variant)
+            known.update({self._name(variant): divergence for variant, divergence in found.items()})
+        else:
+            tick(self.steps)
+        return {variant: known[self._name(variant)] for variant in variants}
+
+    def _name(self, variant: Condensed) -> str:
+        return " ".join(map(str, [self.data.name, *sorted(variant)]))
+
+    def _measure(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> dict[Condensed, float]:
+        if self.target is None:
+            self.target = [output for [output] in self._outputs([frozenset()], lambda _part: None)]
+        distances = []
+        for batch, outputs in enumerate(self._outputs(variants, tick)):
+            apart = [self.data.comparison.distance(self.target[batch], output, batch) for output in outputs]
+            distances.append(torch.stack(apart))
+        return dict(zip(variants, self.data.processes.total(distances).tolist(), strict=True))
+
+    def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
+        """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
+        stream = self.data.stream
+        together = max(1, self.data.cache_bytes // (max(stream.state_bytes, 1) * (len(variants) + 1)))
+        for start in range(0, len(stream.batches), together):
+            batches = range(len(stream.batches))[start : start + together]
+            states = self._run(variants, batches, tick)
+            for batch in batches:
+                last = [states[variant][batch] for variant in variants]
+                yield [self.data.comparison.output(stream.finish(state), batch) for state in last]
+
+    def _run(
+        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
+    ) -> dict[Condensed, dict[int, State]]:
+        """The last layer's output of every variant, by batch."""
+        stream = self.data.stream
+        # By what is condensed so far: all variants begin as one.
+        states: dict[Condensed, dict[int, State]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
+        for layer in range(len(stream)):
+            wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
+            condensed = sorted((done for done in wanted if layer in done), key=sorted)
+            sparse = sorted(wanted.difference(condensed), key=sorted)
+            after: list[dict[int, State]] = []
+            with stream.in_memory(layer):
+                if condensed:
+                    with self.data.condense(layer):
+                        after = _ran(stream, layer, [states[done - {layer}] for done in condensed])
+                states = {done: states[done] for done in sparse}
+                _ran(stream, layer, list(states.values()), in_place=True)
+            states.update(zip(condensed, after, strict=True))
+            tick(len(batches))
+        stream.check_finite()
+        return states
+
+
+def _ran(
+    stream: LayerStream, layer: int, inputs: Sequence[dict[int, State]], in_place: bool = False
+) -> list[dict[int, State]]:
+    """A layer's outputs for several variants' inputs by batch; in place of these, where they are not needed again."""
+    outputs = inputs if in_place else [dict(states) for states in inputs]
+    for batch in inputs[0] if inputs else ():
+        found = stream.run_together(layer, [states[batch] for states in inputs], batch)
+        for states, output in zip(outputs, found, strict=True):
+            states[batch] = output
+    return list(outputs)
+
+
+def _check_finite(divergence: float, condensed: Condensed) -> None:
+    if not math.isfinite(divergence):
+        raise ValueError(
+            f"With decoder layers {sorted(condensed)} condensed, the divergence of the model's output is {divergence}: "
+            "the output contains NaN or infinity. Check the checkpoint, and try dtype='float32'."
+        )
