@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check style docs clean
+.PHONY: quickstart test test-fast check style docs clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+# What to run while writing: one part at a time, in under a minute.
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Tests on whole tiny models of every architecture."""
