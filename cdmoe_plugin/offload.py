@@ -125,7 +125,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor] | None:
     """
     for module in model.modules():
         for hook in offloading_hooks(module):
-            source = getattr(weights_source(hook), "state_dict", None)
+            source: Any = getattr(weights_source(hook), "state_dict", None)
             if hasattr(source, "checkpoint_state"):
                 return source.checkpoint_state(model)
     return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..model.layers_cdmoe import GATED_ACTIVATIONS
-from .calls import patched_forward
+from .dispatch import patched_forward
 from .weights import UnsupportedModelError, is_ungated, mlp_linears
 
 # Attributes of modules, or fields of configs, that hold the constants of a gated activation.

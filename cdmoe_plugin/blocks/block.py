@@ -1,19 +1,22 @@
-"""A sparse block seen as shared expert plus routed experts, whatever its class."""
+"""A sparse block in its normal form: the one view of it that the rest of the package has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from ..model.layers_cdmoe import GATED_ACTIVATIONS
+from ..model.layers_cdmoe import GATED_ACTIVATIONS, CondensedMLP
 from ..plan import SparseLayerShape
-from .calls import RoutedCall, Routing, calls_of
+from .dispatch import Dispatch, RoutedCall, hidden_of, patched_forward
+from .quirk import Quirk
+from .record import BlockRecord
 from .weights import GatedWeights, UnsupportedModelError, read_experts, read_gated_mlp
 
 # Numbers in one projection of the experts that compute at once: a product copies halves of a fused weight, which on a
@@ -21,30 +24,33 @@ from .weights import GatedWeights, UnsupportedModelError, read_experts, read_gat
 _WEIGHT_ELEMENTS = {"cpu": 2**24, "cuda": 2**30}
 
 
+class DensePiece(NamedTuple):
+    """A part of a condensed MLP: the weights of one MLP on hidden states, and a factor of its output."""
+
+    weights: GatedWeights
+    factor: float
+
+
 @dataclass
 class SparseBlock:
-    """One sparse block of a model, seen as shared expert plus routed experts.
+    """A sparse block as shared expert plus routed experts.
+
+    It computes `y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x) + b`, but for its quirks.
 
     Args:
         layer (`int`): Decoder layer index.
         path (`str`): Name of the block in the base model, such as "layers.3.mlp".
         module (`nn.Module`): The block.
-        experts (`nn.Module`): What holds the stacked expert weights: a child of the block, or the block itself.
+        experts (`nn.Module`): The module with the stacked expert weights: a child of the block, or the block itself.
         hidden_act (`str`): Name of the activation in `ACT2FN`.
         activation (`dict`): Form of the experts' gated activation in `GATED_ACTIVATIONS` and its constants; empty for
             `act(gate) * up`.
-        shared_activation (`dict`): That of the shared expert.
-        shared (`nn.Module`, *optional*): The shared expert, wherever it lives.
-        shared_name (`str`, *optional*): Name of the shared expert where the decoder layer owns it, not the block.
+        shared_activation (`dict`): The same for the shared expert.
+        shared (`nn.Module`, *optional*): The shared expert, in the block or beside it.
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
-        routed_scale (`float`): Constant c that the block multiplies the routed sum with.
-        shared_scale (`float`): Constant d that the block multiplies the shared output with.
-        router (`nn.Module`, *optional*): The router where the decoder layer owns it and calls the experts itself, which
-            are the block then.
-        router_name (`str`, *optional*): Its name in the decoder layer.
-        latent (`tuple`, *optional*): Linear maps into the space that the routed experts work in, and back.
-        norm_name (`str`, *optional*): Name of the block's child that norms the sum of shared and routed experts.
-        returns_tuple (`bool`): Whether the block returns its router's scores beside its output.
+        quirks (`tuple[Quirk, ...]`): The ways in which the block departs from the common form.
+        routed_scale (`float`): Constant c, measured by a probe.
+        shared_scale (`float`): Constant d, measured by a probe.
     """
 
     layer: int
@@ -52,29 +58,32 @@ class SparseBlock:
     module: nn.Module
     experts: nn.Module
     hidden_act: str
-    shared: nn.Module | None = None
-    shared_name: str | None = None
-    shared_gate: nn.Linear | None = None
-    routed_scale: float = 1.0
-    shared_scale: float = 1.0
-    router: nn.Module | None = None
-    router_name: str | None = None
-    latent: tuple[nn.Linear, nn.Linear] | None = None
-    norm_name: str | None = None
     activation: dict[str, Any] = field(default_factory=dict)
     shared_activation: dict[str, Any] = field(default_factory=dict)
-    returns_tuple: bool = False
+    shared: nn.Module | None = None
+    shared_gate: nn.Linear | None = None
+    quirks: tuple[Quirk, ...] = ()
+    routed_scale: float = 1.0
+    shared_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self.calls = calls_of(self.module, self.experts, self.router)
-        weights = self.expert_weights()
-        self.num_experts, self.intermediate_size, features = weights.gate.shape
-        self.hidden_size = features if self.latent is None else self.latent[0].in_features
+        own = (quirk.dispatch(self.module, self.experts) for quirk in self.quirks)
+        self.dispatch = next(filter(None, own), None) or Dispatch(self.module, self.experts)
+        self.num_experts, self.intermediate_size, features = self.expert_weights().gate.shape
+        self.hidden_size = self._through("hidden_size", features)
         shared = self.shared_weights()
         self.shared_intermediate_size = 0 if shared is None else shared.gate.shape[0]
 
+    def _through(self, method: str, value: Any) -> Any:
+        for quirk in self.quirks:
+            value = getattr(quirk, method)(value)
+        return value
+
+    # --- sizes ---
+
     @property
     def shape(self) -> SparseLayerShape:
+        """The sizes by which plans recognise the layer."""
         return SparseLayerShape(self.layer, self.num_experts, self.intermediate_size, self.shared_intermediate_size)
 
     @property
@@ -85,8 +94,63 @@ class SparseBlock:
     def dtype(self) -> torch.dtype:
         return self.expert_weights().gate.dtype
 
+    def decoder_layer(self, model: PreTrainedModel) -> nn.Module:
+        """Find the decoder layer of this block in a model, which may be another one of the same architecture."""
+        return model.base_model.get_submodule(self.path.rpartition(".")[0])
+
+    @property
+    def experts_features(self) -> int:
+        """The size of the experts' outputs, before `leave`."""
+        return self._through("experts_features", self.hidden_size)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The module that the block applies to the sum of experts; None if the sum is its output."""
+        return next((norm for quirk in self.quirks if (norm := quirk.norm()) is not None), None)
+
+    # --- weights ---
+
+    def expert_weights(self) -> GatedWeights:
+        """Views of all routed experts' weights, stacked."""
+        return read_experts(self.experts)
+
+    def shared_weights(self) -> GatedWeights | None:
+        """Views of the shared expert's weights; None without one."""
+        return None if self.shared is None else read_gated_mlp(self.shared)
+
+    def output_bias(self) -> Tensor | None:
+        """The vector `[H]` that the block adds to its output for every token; None without one."""
+        biases = [bias for quirk in self.quirks if (bias := quirk.bias()) is not None]
+        return sum(biases[1:], biases[0]) if biases else None
+
+    def pieces(self, experts: Sequence[int], gates: Sequence[float]) -> list[DensePiece]:
+        """List the parts of a condensed MLP: the shared expert, if there is one, and the given routed experts.
+
+        Args:
+            experts (`Sequence[int]`): Routed experts, K of them.
+            gates (`Sequence[float]`): Their constant gates.
+
+        Raises:
+            UnsupportedModelError: if a gate per token scales a shared expert with biases, which no MLP can do.
+        """
+        pieces = []
+        shared = self.shared_weights()
+        if shared is not None:
+            if shared.biased and self.shared_gate is not None:
+                raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
+            pieces.append(DensePiece(shared, self.shared_scale))
+        stacked = self.expert_weights()
+        for index, factor in zip(experts, gates, strict=True):
+            weights = stacked.of(index)
+            for quirk in self.quirks:
+                weights, factor = quirk.fold(weights, factor)
+            pieces.append(DensePiece(weights, factor))
+        return pieces
+
+    # --- computing ---
+
     def glu(self, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-        """What the experts (or the shared one) do between their projections, of gate and up, which it may overwrite."""
+        """The gated activation of the experts (or the shared one), of gate and up, which it may overwrite."""
         act = ACT2FN[self.hidden_act]
         constants = dict(self.shared_activation if shared else self.activation)
         form = constants.pop("form", None)
@@ -94,89 +158,69 @@ class SparseBlock:
             return lambda gate, up: act(gate).mul_(up)
         return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
 
-    def check_trimming(self) -> None:
-        """Checks that dropping the block drops the whole MLP of its decoder layer.
+    @torch.no_grad()
+    def run(self, x: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """The block's output for `x` `[B, S, H]` (and token ids `[B, S]`), float32 `[B, S, H]`.
 
-        Raises:
-            UnsupportedModelError: if the layer has a dense MLP beside it.
+        With the shared expert, also where the decoder layer adds its output.
         """
-        if self.router is not None:
-            raise UnsupportedModelError(
-                f"The experts of decoder layer {self.layer} are but a part of its MLP, apart from a dense one: "
-                "`form='trim_layer'` can't drop it whole. Use the form 'condense' or 'trim_block'."
-            )
-
-    @property
-    def norm(self) -> nn.Module | None:
-        """What the block does with the sum of shared and routed experts; None where that sum is its output."""
-        return None if self.norm_name is None else self.module.get_submodule(self.norm_name)
-
-    def like_output(self, y: Tensor) -> Any:
-        """What the block returns where the sum of shared and routed experts is `y`, in its own form."""
-        if self.norm is not None:
-            y = self.norm(y)
-        return (y, None) if self.returns_tuple else y
-
-    def expert_weights(self) -> GatedWeights:
-        """Views of all routed experts' weights, stacked; in latent space, where the experts work there."""
-        return read_experts(self.experts)
-
-    def expert(self, index: int) -> GatedWeights:
-        """One routed expert as an MLP on hidden states: maps into latent space and back are folded in, in float32."""
-        weights = self.expert_weights().of(index)
-        return weights if self.latent is None else weights.between(*self.latent)
-
-    @property
-    def gates_inputs(self) -> bool:
-        """Whether a router's weight multiplies what an expert is given, and not what it gives."""
-        return self.calls.gates_inputs
-
-    def output_bias(self) -> Tensor | None:
-        """What the block adds to its output for every token, `[H]`, whatever the experts give."""
-        biases = [getattr(self.module, "bias", None), None if self.latent is None else self.latent[1].bias]
-        found = [bias for bias in biases if bias is not None]
-        return sum(found[1:], found[0]) if found else None
-
-    def shared_weights(self) -> GatedWeights | None:
-        """Views of the shared expert's weights; None without one."""
-        return None if self.shared is None else read_gated_mlp(self.shared)
+        total = hidden_of(self.dispatch.block(x, input_ids)).float().view(x.shape)
+        for quirk in self.quirks:
+            for summand in quirk.summands():
+                total = total + summand(x).float()
+        return total
 
     @torch.no_grad()
-    def expert_outputs(
-        self, x: Tensor, experts: Sequence[int] | None = None, input_gates: Tensor | None = None
-    ) -> Tensor:
-        """`E_i(x)` of routed experts, ungated: `[N, T, H]` for `x` of shape `[T, H]`, in the dtype of `x`.
+    def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None, gates: Tensor | None = None) -> Tensor:
+        """Outputs of routed experts, without the factor that `output_factors` gives: `[N, T, H]` in the dtype of `x`.
 
         Args:
-            experts (`Sequence[int]`, *optional*): Which ones, in this order (then N counts these); all by default.
-            input_gates (`Tensor`, *optional*): `[N]` of these, for `E_i(g_i x)`.
+            x (`Tensor`): `[T, H]`.
+            experts (`Sequence[int]`, *optional*): Some of them, in this order (N counts these); all by default.
+            gates (`Tensor`, *optional*): Their gates, `[N]` or `[N, T]`, of which a part may belong to the inputs.
         """
         weights = self.expert_weights()
         if experts is not None:
             weights = weights.of(list(experts))
-        if self.latent is not None:
-            x = self.latent[0](x)
-        if input_gates is not None:
-            x = x * input_gates.to(x)[:, None, None]
+        x = self._through("enter", x)
+        scales = None if gates is None else self.split_gates(gates)[0]
+        if scales is not None:
+            x = x * scales.to(x).reshape(len(scales), -1, 1)
         number, glu = len(weights.up), self.glu()
         step = max(1, _WEIGHT_ELEMENTS.get(x.device.type, _WEIGHT_ELEMENTS["cpu"]) // weights.up[0].numel())
         if step >= number:
-            return self.from_latent(weights(x, glu))
+            return self.leave(weights(x, glu))
         outputs = x.new_empty(number, x.shape[-2], self.hidden_size)
         for start in range(0, number, step):
             some = slice(start, start + step)
-            outputs[some] = self.from_latent(weights.of(some)(x if input_gates is None else x[some], glu))
+            outputs[some] = self.leave(weights.of(some)(x if scales is None else x[some], glu))
         return outputs
 
-    def from_latent(self, outputs: Tensor) -> Tensor:
-        """`[..., H]` for what the experts give, as it is without a latent space; biases are in `output_bias`."""
-        return outputs if self.latent is None else outputs @ self.latent[1].weight.T
+    def output_factors(self, gates: Tensor) -> Tensor:
+        """The factors of the experts' outputs for gates of any shape: the gates, unless these scale the inputs."""
+        return self.split_gates(gates)[1]
+
+    def split_gates(self, gates: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Split router weights into factors of the experts' inputs (None for 1) and factors of their outputs."""
+        scales, factors = None, gates
+        for quirk in self.quirks:
+            found, factors = quirk.split_gates(factors)
+            scales = found if scales is None else scales
+        return scales, factors
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Map hidden states `[..., H]` to the inputs of the experts."""
+        return self._through("enter", x)
+
+    def leave(self, outputs: Tensor) -> Tensor:
+        """Map outputs of the experts to hidden states `[..., H]`; biases are in `output_bias`."""
+        return self._through("leave", outputs)
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:
-        """What the block gives without routed experts, `d · [sigmoid(w·x) ·] S(x)` and any bias of its output.
+        """The sum without routed experts, `d · [sigmoid(w·x) ·] S(x) + b`.
 
-        Float32 `[T, H]` for `x` of shape `[T, H]`; zeros without a shared expert.
+        Float32 `[T, H]` for `x` of shape `[T, H]`; without shared expert and bias zeros.
         """
         output = torch.zeros_like(x, dtype=torch.float32)
         if self.shared is not None:
@@ -186,30 +230,117 @@ class SparseBlock:
         bias = self.output_bias()
         return output if bias is None else output + bias.float()
 
+    # --- its place in a model ---
+
+    @property
+    def follows_inputs(self) -> bool:
+        """Whether the output of the block follows from its inputs and token ids alone."""
+        return all(quirk.follows_inputs for quirk in self.quirks)
+
+    @property
+    def summands(self) -> tuple[nn.Module, ...]:
+        """The children of the decoder layer that add up to the sum: the block, and a shared expert beside it."""
+        return (self.module, *(part for quirk in self.quirks for part in quirk.summands()))
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All children of the decoder layer that belong to the block."""
+        return (self.module, *(sparse for quirk in self.quirks for sparse, _ in quirk.beside().values()))
+
+    def places(self, replacement: nn.Module | None) -> dict[str, nn.Module]:
+        """Map names of children of the decoder layer to the modules there, with a replacement or with the whole block.
+
+        Args:
+            replacement (`nn.Module`, *optional*): A condensed MLP, or another module in the place of the block; None
+                for the block itself.
+        """
+        beside = {name: pair for quirk in self.quirks for name, pair in quirk.beside().items()}
+        own = self.path.rpartition(".")[2]
+        if replacement is None:
+            return {own: self.module} | {name: sparse for name, (sparse, _) in beside.items()}
+        return {own: replacement} | {name: condensed for name, (_, condensed) in beside.items()}
+
+    def check_dropping(self) -> None:
+        """Check that dropping the block drops the whole MLP of its decoder layer.
+
+        Raises:
+            UnsupportedModelError: if the layer has a dense MLP beside it.
+        """
+        for quirk in self.quirks:
+            quirk.check_dropping(self.layer)
+
+    # --- its condensed form ---
+
+    @property
+    def place_spec(self) -> dict[str, Any]:
+        """The entries of config.json that say where the block is, whatever takes its place."""
+        spec: dict[str, Any] = {"module": self.path, "omitted": []}
+        for quirk in self.quirks:
+            spec |= quirk.spec
+        return spec
+
+    def condensed_spec(self, width: int, bias: bool) -> dict[str, Any]:
+        """The entry of config.json by which `CondensedMLP.from_spec` builds the condensed MLP of the block.
+
+        Args:
+            width (`int`): Number of neurons.
+            bias (`bool`): Whether all projections have biases.
+        """
+        special = {
+            "gated_activation": self.activation,
+            "shared_gated_activation": self._other_activation(),
+            "output_bias": self.output_bias() is not None and not bias,
+        }
+        return {
+            **self.place_spec,
+            **{name: value for name, value in special.items() if value},
+            "intermediate_size": width,
+            "shared_intermediate_size": self.shared_intermediate_size,
+            "shared_expert_gate": self.shared_gate is not None,
+            "bias": bias,
+            "hidden_act": self.hidden_act,
+        }
+
+    def _other_activation(self) -> dict[str, Any] | None:
+        """The shared expert's gated activation where it differs from the routed experts'."""
+        if self.shared is None or self.shared_activation == self.activation:
+            return None
+        return self.shared_activation or {"form": "plain"}
+
+    def complete(self, mlp: CondensedMLP) -> None:
+        """Give a condensed MLP what the block does beside its experts: the shared expert's gate, a norm."""
+        if mlp.shared_expert_gate is not None and self.shared_gate is not None:
+            mlp.shared_expert_gate.weight.copy_(self.shared_gate.weight)
+        for quirk in self.quirks:
+            quirk.complete(mlp)
+
+    # --- watching and playing back ---
+
     @contextmanager
-    def recording_routes(self) -> Iterator[list[Routing]]:
-        """Collects a `Routing` per call of the block; weights include the block's own scale."""
-        routes: list[Routing] = []
+    def recording(self) -> Iterator[BlockRecord]:
+        """Record the next call of the block, inside the context."""
+        record = BlockRecord(self.routed_scale)
 
-        def record(call: RoutedCall | None) -> None:
-            assert call is not None  # _probe_routing has seen such a call before
-            routes.append(Routing(call.routing.experts, call.routing.weights.float() * self.routed_scale))
+        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            record.note_block(args[0], hidden_of(output))
 
-        handle = self.calls.watch(record)
-        try:
-            yield routes
-        finally:
-            handle.remove()
+        def on_call(call: RoutedCall | None) -> None:
+            assert call is not None  # the probe of the block has seen such a call before
+            record.note_routing(call.routing)
+
+        with ExitStack() as stack:
+            stack.callback(self.module.register_forward_hook(on_block).remove)
+            stack.callback(self.dispatch.watch(on_call).remove)
+            for quirk in self.quirks:
+                quirk.watch(record, stack)
+            yield record
 
     @contextmanager
-    def recording_norm_inputs(self) -> Iterator[list[Tensor]]:
-        """Collects the sum of shared and routed experts, per call of the block; nothing where that is its output."""
-        sums: list[Tensor] = []
-        if self.norm is None:
-            yield sums
-            return
-        handle = self.norm.register_forward_pre_hook(lambda _, args: sums.append(args[0]))
-        try:
-            yield sums
-        finally:
-            handle.remove()
+    def playing(self, y: Tensor) -> Iterator[None]:
+        """Let the decoder layer find `y` `[B, S, H]` in place of the sum of experts, inside the context."""
+        with ExitStack() as stack:
+            finished = lambda *_, **__: self._through("finish", y)  # noqa: E731
+            stack.enter_context(patched_forward(self.module, finished))
+            for quirk in self.quirks:
+                quirk.play(y, stack)
+            yield

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import SparseBlock
-from .calls import RoutedCall, Routing, hidden_of, patched_forward
+from .dispatch import RoutedCall, Routing, hidden_of, patched_forward
+from .quirks import known_quirks
 from .reasons import arguments_of
 from .weights import UnsupportedModelError
 
@@ -35,63 +37,63 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
 
 def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
     calls: list[RoutedCall | None] = []
-    handle = block.calls.watch(calls.append)
+    handle = block.dispatch.watch(calls.append)
     try:
-        with block.calls.giving(_features(block, x).zero_()):
-            output = block.calls.block(x)
+        with block.dispatch.giving(torch.zeros_like(block.enter(x))):
+            output = block.dispatch.block(x)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
     finally:
         handle.remove()
     if len(calls) != 1 or calls[0] is None:
         raise UnsupportedModelError("its experts are not called with the routed indices and weights of each token")
-    # Scores of a router are for the eyes of the user: no decoder layer reads them.
-    block.returns_tuple = isinstance(output, tuple) and len(output) == 2 and output[1] is calls[0].scores
-    if not block.returns_tuple and not isinstance(output, Tensor):
+    _note_output(block, output, calls[0])
+    if not isinstance(output, Tensor) and not any(quirk.of_output(output, calls[0]) for quirk in block.quirks):
         state = [f"`{name}`" for name in arguments_of(block.module)[1:]]
         passed = f", and takes {', '.join(state)} from the layer before" if state else ""
         raise UnsupportedModelError(f"its block returns more than hidden states{passed}")
     if int(calls[0].routing.experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
-    _compare(calls[0].inputs, _features(block, x), "its experts are given something else than the block")
+    _compare(calls[0].inputs, block.enter(x), "its experts are given something else than the block")
 
 
-def _features(block: SparseBlock, x: Tensor) -> Tensor:
-    """What the experts are given for the block's input; a copy."""
-    return x.clone() if block.latent is None else block.latent[0](x)
+def _note_output(block: SparseBlock, output: Any, call: RoutedCall) -> None:
+    """Add the quirks that the output shows; a block that was loaded again may have them already."""
+    found = (cls.of_output(output, call) for cls in known_quirks() if cls not in map(type, block.quirks))
+    block.quirks = (*block.quirks, *filter(None, found))
 
 
 def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
     """With outputs of experts and shared expert put in by hand, the block must add them, up to constant factors."""
-    in_block = block.shared is not None and block.shared_name is None
+    in_block = block.shared is not None and len(block.summands) == 1
     shape = (1, x.shape[1], block.hidden_size)
-    # What is put in is of the experts' dtype where a linear map comes after it.
-    features, dtype = (
-        (block.hidden_size, torch.float32) if block.latent is None else (block.latent[1].in_features, x.dtype)
-    )
-    bias = block.output_bias()
+    features = block.experts_features
+    # Outputs of experts are put in with the experts' own dtype where a linear map comes after them.
+    nothing = torch.zeros(1, x.shape[1], features, dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if block.leave(nothing) is nothing else x.dtype
+    bias, norm_module = block.output_bias(), block.norm
 
     def run(routed: Tensor, shared: Tensor, gate: Tensor, norm: bool = False) -> Tensor:
         with ExitStack() as stack:
             put_in = partial(_put_in, stack)
-            stack.enter_context(block.calls.giving(routed))
+            stack.enter_context(block.dispatch.giving(routed))
             if in_block:
                 put_in(block.shared, lambda h, *_, **__: shared.reshape(h.shape).clone())  # some add to it in place
                 put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
             if not norm:
-                put_in(block.norm, lambda h: h)
-            output = hidden_of(block.calls.block(x)).float()
+                put_in(norm_module, lambda h: h)
+            output = hidden_of(block.dispatch.block(x)).float()
             return output if bias is None or norm else output - bias.float()
 
     zero = torch.zeros(shape, device=x.device)
-    nothing = torch.zeros(1, x.shape[1], features, dtype=dtype, device=x.device)
+    nothing = nothing.to(dtype)
     open_gate = torch.full((1, x.shape[1], 1), 50.0, device=x.device)
     routed, shared = random(1, x.shape[1], features, dtype=dtype), random(*shape)
     gate = random(1, x.shape[1], 1)
-    lifted = block.from_latent(routed).float()
+    lifted = block.leave(routed).float()
     # Over many random values, the rounding of a block that ends in half precision averages out.
     block.routed_scale = _factor(run(routed, zero, open_gate), lifted)
-    if block.gates_inputs and block.routed_scale != 1.0:
+    if block.split_gates(gate)[0] is not None and block.routed_scale != 1.0:
         raise UnsupportedModelError("its router's weights multiply the experts' inputs, and a factor their outputs")
     block.shared_scale = _factor(run(nothing, shared, open_gate), shared) if in_block else 1.0
     weight = torch.sigmoid(gate) if block.shared_gate is not None else 1.0
@@ -99,9 +101,9 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     tolerance = 1e-5 if block.dtype == torch.float32 else 1e-2
     reason = "its block does more than add shared and routed experts"
     _compare(run(routed, shared, gate), expected, reason, tolerance)
-    if block.norm is not None:
+    if norm_module is not None:
         expected = expected if bias is None else expected + bias.float()
-        normed = block.norm(expected.to(block.dtype))
+        normed = norm_module(expected.to(block.dtype))
         _compare(run(routed, shared, gate, norm=True), normed, f"{reason}, and norm the sum", tolerance)
 
 
@@ -124,17 +126,18 @@ def _probe_experts(block: SparseBlock, x: Tensor, random: Callable[..., Tensor])
         z = random(8, 2 * block.intermediate_size, dtype=block.dtype) * 50
         gate, up = z.chunk(2, -1) if getattr(block.experts, "is_concatenated", True) else (z[:, ::2], z[:, 1::2])
         _compare(apply_gate(z), block.glu()(gate, up), f"its experts are not {block.hidden_act}(gate) * up")
-    features = _features(block, x)
+    features = block.enter(x)
     index = torch.stack([torch.arange(len(x)), torch.arange(len(x)) + 1], dim=1) % block.num_experts
     index = index.to(x.device)
     gates = random(*index.shape).abs().to(x.dtype)
-    into, out = (gates, torch.ones_like(gates)) if block.gates_inputs else (torch.ones_like(gates), gates)
+    into, out = block.split_gates(gates)
+    into = torch.ones_like(gates) if into is None else into
     inputs = features.repeat_interleave(2, 0)[:, None] * into.flatten()[:, None, None]
     outputs = weights.of(index.flatten())(inputs, block.glu())[:, 0].unflatten(0, index.shape)
     expected = (outputs.float() * out.float()[..., None]).sum(1)
-    if block.calls.runs_block:
+    if block.dispatch.runs_block:
         expected = expected * block.routed_scale + block.shared_output(x)
-    actual = block.calls.run(features, Routing(index, gates))
+    actual = block.dispatch.run(features, Routing(index, gates))
     _compare(actual, expected, f"its experts are not {block.hidden_act}(gate) * up")
 
 

@@ -17,7 +17,7 @@ from ..model.modeling_cdmoe import CondensedModelMixin, silence_router_loss
 from ..model.registration import DEEPSEEK, register_deepseek
 from ..offload import in_memory, offload_like
 from ..plan import CondensedLayer, CondensePlan
-from .fold import fold, other_activation
+from .fold import fold
 from .place import install
 
 if TYPE_CHECKING:
@@ -30,29 +30,10 @@ def _about_base(name_or_path: str) -> dict[str, Any]:
 
 
 def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
-    """What config.json must tell to build a condensed layer again (see `layers_cdmoe.install_condensed_layers`)."""
-    place: dict[str, Any] = {"module": block.path, "omitted": [] if block.shared_name is None else [block.shared_name]}
-    if block.returns_tuple:
-        place["returns_tuple"] = True
-    if block.router_name is not None:
-        place["router"] = block.router_name
+    """The entry of config.json by which a condensed layer is built again (see `layers_cdmoe`)."""
     if not isinstance(mlp, CondensedMLP):
-        return {**place, "form": "trim_layer"}
-    special = {
-        "gated_activation": block.activation,
-        "shared_gated_activation": other_activation(block),
-        "norm": mlp.norm_name,
-        "output_bias": mlp.down_proj.bias is not None and mlp.up_proj.bias is None,
-    }
-    return {
-        **place,
-        **{name: spec for name, spec in special.items() if spec},
-        "intermediate_size": mlp.intermediate_size,
-        "shared_intermediate_size": mlp.shared_intermediate_size,
-        "shared_expert_gate": mlp.shared_expert_gate is not None,
-        "bias": mlp.up_proj.bias is not None,
-        "hidden_act": block.hidden_act,
-    }
+        return {**block.place_spec, "form": "trim_layer"}
+    return block.condensed_spec(mlp.intermediate_size, mlp.up_proj.bias is not None)
 
 
 def own_config(model: PreTrainedModel) -> Any:
@@ -142,7 +123,7 @@ def check_form(blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], 
     chosen = {layer.layer for layer in layers}
     for block in blocks:
         if form == "trim_layer" and block.layer in chosen:
-            block.check_trimming()
+            block.check_dropping()
 
 
 def apply_layers(
@@ -170,7 +151,7 @@ def apply_layers(
             return block, Trimmed()
         if mlps is not None:
             return block, mlps[chosen.layer]
-        with in_memory(model.base_model.get_submodule(block.path.rpartition(".")[0])):
+        with in_memory(block.decoder_layer(model)):
             mlp = fold(block, chosen.experts, chosen.gates)
         offload_like(mlp, block.module, f"condensed-{block.layer}")
         return block, mlp

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..blocks import Routing, SparseBlock, UnsupportedModelError, hidden_of, patched_forward
+from ..blocks import Routing, SparseBlock, UnsupportedModelError, patched_forward
 from .stream import LayerStream, State
 from .tails import AffineTail, Finish, PlaybackTail, StreamsTail, Tail, added_to_streams, as_it_is, side_by_side
 
@@ -50,46 +50,32 @@ class LayerRecorder:
         if self.is_last:
             self.finish = stream.finish
         self.owner = stream.layers[block.layer]
-        own = {id(block.module), id(block.shared) if block.shared_name else None}
+        own = {id(module) for module in block.summands}
         self.others = [child for child in self.owner.children() if id(child) not in own]
 
     @torch.no_grad()
     def record(self, state: State, batch: int, token_weights: Tensor) -> tuple[LayerCall, State]:
         """Runs the layer on its input for a batch; returns the parts and what it hands to the next layer."""
-        seen: dict[str, Any] = {"block": None, "shared": None}
         before: dict[int, list[Any]] = {id(child): [] for child in self.others}
 
-        def on_block(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen["block"] = (args[0], hidden_of(output))
-
-        def on_other(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if seen["block"] is None:
-                before[id(module)].append(output)
-
-        def on_shared(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            seen["shared"] = output
-
         with ExitStack() as stack:
-            stack.callback(self.block.module.register_forward_hook(on_block).remove)
+            record = stack.enter_context(self.block.recording())
+
+            def on_other(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+                if not record.complete:
+                    before[id(module)].append(output)
+
             for child in self.others:
                 stack.callback(child.register_forward_hook(on_other).remove)
-            if self.block.shared_name and self.block.shared is not None:
-                stack.callback(self.block.shared.register_forward_hook(on_shared).remove)
-            routes = stack.enter_context(self.block.recording_routes())
-            sums = stack.enter_context(self.block.recording_norm_inputs())
             output = self.stream.run_layer(self.block.layer, state, batch)
         self.stream.check_finite()
-        block_input, target = seen["block"]
-        valid = self.stream.valid(batch).to(target.device)
-        # Some blocks are given, or give, all sequences' tokens in a row.
-        block_input, target = (part.view(*valid.shape, -1) for part in (block_input, sums[0] if sums else target))
-        target = target.float() if seen["shared"] is None else target.float() + seen["shared"].float()
+        valid = self.stream.valid(batch).to(output[0].device)
+        target = record.total(valid)
         playback = _Playback(self, state, batch, before)
-        routing = Routing(*(part.view(*valid.shape, -1)[valid] for part in routes[0]))
         call = LayerCall(
-            inputs=block_input[valid],
+            inputs=record.inputs(valid),
             target=target[valid],
-            routing=routing,
+            routing=record.routing_at(valid),
             tail=playback.tail(target, output[0], valid),
             token_weights=token_weights.to(target.device),
         )
@@ -120,10 +106,7 @@ class _Playback:
             for child in recorder.others:
                 outputs = iter(self.before[id(child)])
                 stack.enter_context(patched_forward(child, _play(outputs, _in_own_dtype(child))))
-            stack.enter_context(patched_forward(recorder.block.module, lambda *_, **__: recorder.block.like_output(y)))
-            if recorder.block.shared_name and recorder.block.shared is not None:
-                nothing = torch.zeros_like(y)
-                stack.enter_context(patched_forward(recorder.block.shared, lambda *_, **__: nothing))
+            stack.enter_context(recorder.block.playing(y))
             return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)
 
     def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:

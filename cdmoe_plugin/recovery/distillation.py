@@ -67,13 +67,13 @@ class Distillation:
         if missing:
             raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
-        if form == "blocks" and any(block.router is not None for block in self.blocks.values()):
+        if form == "blocks" and not all(block.follows_inputs for block in self.blocks.values()):
             raise ValueError(
                 "`distillation` on 'blocks' needs what routers see among the inputs of the blocks; in "
                 f"{type(model).__name__}, the decoder layers have routers of their own. Use the form 'logits'."
             )
         for block in self.blocks.values():
-            for module in filter(None, (block.module, block.shared, block.router)):
+            for module in block.modules:
                 module.eval().requires_grad_(False)
         self._follow()
         self._scale = self._logit_scale() if form == "logits" else 1.0
@@ -82,7 +82,7 @@ class Distillation:
         """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
         for layer, block in self.blocks.items():
             device = next(self.students[layer].parameters()).device
-            for module in filter(None, (block.module, block.shared, block.router)):
+            for module in block.modules:
                 module.to(device)
 
     @contextmanager
@@ -143,7 +143,7 @@ class Distillation:
         for layer, mlp in self.students.items():
             x = seen[layer].view(*predicts.shape, -1)
             with torch.no_grad():
-                target = _block_output(self.blocks[layer], x, inputs.get("input_ids"))[predicts]
+                target = self.blocks[layer].run(x, inputs.get("input_ids"))[predicts]
             error = (hidden_of(mlp(x)).float()[predicts] - target).square().sum(-1)
             # Relative to each token's own size: a few tokens have outputs a thousand times larger than the rest.
             errors.append((error / target.square().sum(-1).clamp_min(1e-8)).sum())
@@ -154,7 +154,7 @@ class Distillation:
         """The student with the sparse blocks in their old places."""
         with ExitStack() as stack:
             for block in self.blocks.values():
-                stack.enter_context(standing_in(self.model, block, block.module, block.shared))
+                stack.enter_context(standing_in(self.model, block, None))
             yield
 
     @torch.no_grad()
@@ -215,11 +215,3 @@ def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwa
     plan.check_fits(model_shape(teacher, blocks))
     condensed = {layer.layer for layer in plan.layers}
     return [block for block in blocks if block.layer in condensed]
-
-
-def _block_output(block: SparseBlock, x: Tensor, input_ids: Tensor | None) -> Tensor:
-    """What a sparse block and its shared expert give for `x` `[B, S, H]` (and token ids), float32 `[B, S, H]`."""
-    total = hidden_of(block.calls.block(x, input_ids)).float().view(x.shape)
-    if block.shared_name is not None and block.shared is not None:
-        total = total + block.shared(x).float()
-    return total

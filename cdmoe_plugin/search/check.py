@@ -65,7 +65,7 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
     for block in blocks:
         chosen = config.layers is None or block.layer in config.layers
         if config.form == "trim_layer" and chosen:
-            block.check_trimming()
+            block.check_dropping()
         if config.form == "condense" and chosen and number != "auto" and number > block.num_experts:
             raise ValueError(
                 f"`num_experts` is {number}, but decoder layer {block.layer} has {block.num_experts} routed experts."

@@ -159,9 +159,9 @@ class Inference:
         self.decode(model, cache, self.new[:-1])
         with ExitStack() as stack:
             blocks = describe_sparse_blocks(model)
-            routes = {block.layer: stack.enter_context(block.recording_routes()) for block in blocks}
+            routes = {block.layer: stack.enter_context(block.recording()) for block in blocks}
             self.decode(model, cache, self.new[-1:])
-        return {layer: len(seen[0].experts.unique()) for layer, seen in routes.items()}
+        return {layer: len(seen.routing.experts.unique()) for layer, seen in routes.items()}
 
     def prefill(self, model: Any, cache: Any) -> Any:
         """Runs the prompt; returns the cache, a new one where none is given."""

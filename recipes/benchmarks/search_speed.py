@@ -109,9 +109,9 @@ class NaiveSearch:
         self.ids = ids
         self.blocks = {block.layer: block for block in find_sparse_blocks(model)}
         with ExitStack() as stack:
-            routes = {i: stack.enter_context(block.recording_routes()) for i, block in self.blocks.items()}
+            routes = {i: stack.enter_context(block.recording()) for i, block in self.blocks.items()}
             self.reference = self.hidden_states()
-        self.gates = {i: self.mean_gates(*routes[i][0], block.num_experts) for i, block in self.blocks.items()}
+        self.gates = {i: self.mean_gates(*routes[i].routing, block.num_experts) for i, block in self.blocks.items()}
 
     @staticmethod
     def mean_gates(experts: torch.Tensor, weights: torch.Tensor, number: int) -> dict[int, float]:

@@ -85,8 +85,9 @@ def uniform_sparse(model_type: str, **overrides: Any) -> PreTrainedModel:
                 tensor.data.zero_()
             if name.endswith("tid2eid"):
                 tensor.copy_(torch.arange(count).expand_as(tensor))
-        if block.router is not None:  # gemma4's, of the decoder layer; a scale per expert stays
-            block.router.proj.weight.data.zero_()
+        for module in block.modules[1:]:  # gemma4's router, of the decoder layer; a scale per expert stays
+            if hasattr(module, "proj"):
+                module.proj.weight.data.zero_()
     return model
 
 

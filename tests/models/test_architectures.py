@@ -28,7 +28,7 @@ from cdmoe_plugin import (
     condensed_module_names,
     search_plan,
 )
-from cdmoe_plugin.blocks import SparseBlock, UnsupportedModelError, find_sparse_blocks, hidden_of, patched_forward
+from cdmoe_plugin.blocks import SparseBlock, UnsupportedModelError, find_sparse_blocks, patched_forward
 from cdmoe_plugin.blocks import block as block_room
 from cdmoe_plugin.condense.fold import fold
 from cdmoe_plugin.search.budget import LayerBudget
@@ -67,12 +67,9 @@ def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) 
         handle = block.experts.register_forward_pre_hook(
             lambda _, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]), with_kwargs=True
         )
-        with block.recording_routes() as routes:
-            output = hidden_of(block.calls.block(x))
+        with block.recording() as record:
+            output = block.run(x)[0]
         handle.remove()
-        output = output.view(7, 32)
-        if block.shared_name is not None and block.shared is not None:
-            output = output + block.shared(x)[0]
 
         own = [naive_own_route(raw, token.double()) for token in x[0]]
         if None in own:
@@ -86,10 +83,9 @@ def test_block_with_its_own_routing(model_type: str, overrides: dict[str, Any]) 
         torch.testing.assert_close(output.double(), naive_norm(raw, plain), rtol=1e-4, atol=1e-5)
 
         seen = block.shared_output(x[0])
-        for token, (chosen, gates) in enumerate(zip(*routes[0], strict=True)):
-            into = gates if block.gates_inputs else None
-            outputs = block.expert_outputs(x[0, token : token + 1], chosen.tolist(), into)[:, 0]
-            seen[token] += (outputs * (1 if block.gates_inputs else gates[:, None])).sum(0)
+        for token, (chosen, gates) in enumerate(zip(*record.routing, strict=True)):
+            outputs = block.expert_outputs(x[0, token : token + 1], chosen.tolist(), gates)[:, 0]
+            seen[token] += (outputs * block.output_factors(gates)[:, None]).sum(0)
         torch.testing.assert_close(seen.double(), plain, rtol=1e-4, atol=1e-5)
 
 
@@ -101,13 +97,13 @@ def test_experts_of_a_large_layer_compute_a_few_at_a_time(
 ) -> None:
     block = find_sparse_blocks(tiny_model(model_type, **overrides))[-1]
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    gates = torch.rand(8, generator=torch.Generator().manual_seed(1)) if block.gates_inputs else None
-    whole = block.expert_outputs(x, input_gates=gates)
+    gates = torch.rand(8, generator=torch.Generator().manual_seed(1))
+    whole = block.expert_outputs(x, gates=gates)
     elements = block.expert_weights().up[0].numel()
     monkeypatch.setattr(block_room, "_WEIGHT_ELEMENTS", {"cpu": 3 * elements})  # three, three and two
-    torch.testing.assert_close(block.expert_outputs(x, input_gates=gates), whole)
+    torch.testing.assert_close(block.expert_outputs(x, gates=gates), whole)
     some = [5, 0, 7, 2]
-    torch.testing.assert_close(block.expert_outputs(x, some, None if gates is None else gates[some]), whole[some])
+    torch.testing.assert_close(block.expert_outputs(x, some, gates[some]), whole[some])
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in SEARCHABLE])
@@ -117,9 +113,9 @@ def test_uniform_router_without_a_search(model_type: str, tmp_path: Path) -> Non
     model = uniform_sparse(model_type)
     before, blocks = output(model), find_sparse_blocks(model)
     with ExitStack() as stack:
-        recorded = [stack.enter_context(block.recording_routes()) for block in blocks]
+        recorded = [stack.enter_context(block.recording()) for block in blocks]
         output(model)
-        routes = [calls[0] for calls in recorded]
+        routes = [record.routing for record in recorded]
     layers = []
     for block, calls in zip(blocks, routes, strict=True):
         gates = dict(zip(calls.experts[0].tolist(), calls.weights[0].tolist(), strict=True))

@@ -228,7 +228,8 @@ def test_config():
 def test_copy_beside_weights_opens_as_custom_code(tmp_path, monkeypatch):
     folder = tmp_path / "with_code"
     write_checkpoint(folder, auto_map={"AutoConfig": "modeling_deepseek.DeepseekConfig"})
-    shutil.copy(deepseek.__file__, folder)
+    for name in ("modeling_deepseek.py", "modeling_cdmoe.py", "layers_cdmoe.py"):
+        shutil.copy(Path(str(deepseek.__file__)).with_name(name), folder)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     get_class = dynamic_module_utils.get_class_from_dynamic_module
     model = get_class("modeling_deepseek.DeepseekForCausalLM", folder).from_pretrained(folder)

@@ -209,9 +209,9 @@ def test_chosen_experts_are_those_of_the_last_step(bench: Any) -> None:
     ids = bench.speed_models.random_ids(config.vocab_size, 5, 6)
     blocks = find_sparse_blocks(model)
     with ExitStack() as stack, torch.no_grad():
-        routes = {block.layer: stack.enter_context(block.recording_routes()) for block in blocks}
+        routes = {block.layer: stack.enter_context(block.recording()) for block in blocks}
         model(input_ids=ids)
-    last = {layer: len(seen[0].experts.view(5, 6, -1)[:, -1].unique()) for layer, seen in routes.items()}
+    last = {layer: len(seen.routing.experts.view(5, 6, -1)[:, -1].unique()) for layer, seen in routes.items()}
     assert bench.inference_timing.Inference(model, ids, 4).chosen_experts(model) == last
 
 

@@ -93,8 +93,8 @@ def test_outputs_of_the_replaced_blocks(model_type: str) -> None:
             target = block.module(inputs[block.layer], **ids)
             target = target[0] if isinstance(target, tuple) else target
             target = target.reshape(IDS.shape[0], IDS.shape[1], -1)
-            if block.shared_name is not None:
-                target = target + block.shared(inputs[block.layer])
+            for beside in block.summands[1:]:  # granitemoeshared's shared expert, of the decoder layer
+                target = target + beside(inputs[block.layer])
         errors = (mlp(inputs[block.layer]).double() - target.double()).square().sum(-1)
         mine = (errors / target.double().square().sum(-1))[PREDICTS].sum() / 2
         mine.backward()

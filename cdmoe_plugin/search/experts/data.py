@@ -42,17 +42,11 @@ class SparseLayerData:
 
     @property
     def factors(self) -> Tensor:
-        """float64 `[N]`, what multiplies `expert_outputs` in a condensed layer: gates, or 1 where these are in them."""
-        return self.gates.where(self.gates.isnan(), 1.0) if self.block.gates_inputs else self.gates
+        """Factors of `expert_outputs` in a condensed layer, float64 `[N]`; NaN for an expert that is no candidate."""
+        return self.block.output_factors(self.gates)
 
     def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
-        """`[N, T, H]`, what routed experts (all by default) give for `x` `[T, H]` in a condensed layer, but `factors`.
-
-        Where the router's weights multiply the experts' inputs, that is `E_i(g_i x)` with the constant gates: these do
-        not depend on which experts are kept, and the layer is a plain sum of such outputs like any other.
-        """
-        if not self.block.gates_inputs:
-            return self.block.expert_outputs(x, experts)
+        """Outputs `[N, T, H]` of routed experts (all by default) for `x` `[T, H]`, to be multiplied by `factors`."""
         return self.block.expert_outputs(x, experts, self.gates if experts is None else self.gates[list(experts)])
 
 

@@ -101,10 +101,8 @@ def reap_saliencies(data: SparseLayerData) -> Tensor:
         for expert in torch.unique(call.routing.experts).tolist():
             rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
             inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]
-            if data.block.gates_inputs:
-                inputs, weights = inputs * weights[:, None].to(inputs.dtype), torch.ones_like(weights)
-            outputs = data.block.expert_outputs(inputs, [expert])[0]
+            outputs = data.block.expert_outputs(inputs, [expert], weights[None])[0]
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-            sums[expert] = float(norms @ weights.double())
+            sums[expert] = float(norms @ data.block.output_factors(weights).double())
         parts.append(sums)
     return data.processes.total(parts).cpu() / choice_counts(data)

@@ -1,0 +1,23 @@
+"""A block that returns its router's scores beside its output (ernie4_5_moe and others)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..dispatch import RoutedCall
+from ..quirk import Quirk
+
+
+class RouterScores(Quirk):
+    """The block returns a tuple; no decoder layer reads the scores, which users may ask for."""
+
+    spec = {"returns_tuple": True}
+
+    @classmethod
+    def of_output(cls, output: Any, call: RoutedCall) -> Quirk | None:
+        return cls() if isinstance(output, tuple) and len(output) == 2 and output[1] is call.scores else None
+
+    def finish(self, y: Tensor) -> Any:
+        return y, None

@@ -1,0 +1,30 @@
+"""A router that chooses experts by the token ids (deepseek_v4's hash layers)."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import Dispatch
+from ..quirk import Quirk
+from ..site import Site
+
+
+class TokenIds(Quirk):
+    """The block takes the token ids beside hidden states."""
+
+    @classmethod
+    def find(cls, site: Site) -> Quirk | None:
+        return cls() if "input_ids" in signature(type(site.module).forward).parameters else None
+
+    def dispatch(self, module: nn.Module, experts: nn.Module) -> Dispatch:
+        return _TokenIdDispatch(module, experts)
+
+
+class _TokenIdDispatch(Dispatch):
+    def block(self, x: Tensor, input_ids: Tensor | None = None) -> Any:
+        ids = torch.arange(x.shape[1]).expand(x.shape[:2]) if input_ids is None else input_ids
+        return self.module(x, input_ids=ids.to(x.device))
