@@ -16,11 +16,11 @@ ROWS = {
     "latent_experts": {"nemotron_h"},
     "layer_router": {"gemma4_text", "diffusion_gemma_text"},
     "layer_shared": {"granitemoe_swa", "granitemoehybrid", "granitemoeshared"},
-    "others": {"axk1"},
     "output_bias": {"jetmoe"},
     "parallel_experts": {"jetmoe"},
     "router_scores": {"gpt_oss", "llama4_text", "openai_privacy_filter"},
     "scaled_inputs": {"llama4_text"},
+    "sum_norm": {"axk1"},
     "token_ids": {"deepseek_v4"},
 }
 SIZES = {"latent_experts": {"moe_latent_size": 24}}
