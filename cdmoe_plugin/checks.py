@@ -91,3 +91,11 @@ def _layer_key(key: Any, where: str) -> int:
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on a device or on the CPU."""
+    import torch  # this module is also read where nothing is computed
+
+    # torch's allocator for the CPU has no error of its own.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -282,6 +282,11 @@ class CondensePlan:
             layer_similarities=similarities,
         )
 
+    def for_model(self, model: ModelShape) -> CondensePlan:
+        """Return the plan with the sizes of the model that it will be applied to, once `check_fits` accepts them."""
+        self.check_fits(model)
+        return self if self.model is not None else replace(self, model=model)
+
     def check_fits(self, model: ModelShape) -> None:
         """Checks that the plan can be applied to a model of these sizes.
 

@@ -1,9 +1,9 @@
-"""Folds experts into dense MLPs, puts these in place of sparse blocks, and makes the model a condensed one."""
+"""Make a model whose sparse blocks have been replaced a condensed one, and refuse models that can't be."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,13 +12,10 @@ from transformers import PreTrainedModel
 from ..blocks import SparseBlock
 from ..cards.sections import base_metadata, base_name
 from ..model.classes import condensed_model_class
-from ..model.layers_cdmoe import CondensedMLP, Trimmed
+from ..model.layers_cdmoe import CondensedMLP
 from ..model.modeling_cdmoe import CondensedModelMixin, silence_router_loss
 from ..model.registration import DEEPSEEK, register_deepseek
-from ..offload import in_memory, offload_like
-from ..plan import CondensedLayer, CondensePlan
-from .fold import fold
-from .place import install
+from ..plan import CondensePlan
 
 if TYPE_CHECKING:
     from ..config import CondenseConfig
@@ -112,53 +109,3 @@ def refuse_condensed(model: PreTrainedModel) -> None:
             f"This model is condensed already (decoder layers {layers}). Start from the sparse model; for a smaller "
             "budget use `plan.truncate`."
         )
-
-
-def check_form(blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer], form: str) -> None:
-    """Checks that the layers of a plan can take its form.
-
-    Raises:
-        UnsupportedModelError: naming a layer whose MLP can't be dropped.
-    """
-    chosen = {layer.layer for layer in layers}
-    for block in blocks:
-        if form == "trim_layer" and block.layer in chosen:
-            block.check_dropping()
-
-
-def apply_layers(
-    model: PreTrainedModel,
-    blocks: Sequence[SparseBlock],
-    layers: Sequence[CondensedLayer],
-    form: str = "condense",
-    at_once: bool = True,
-    mlps: Mapping[int, CondensedMLP] | None = None,
-) -> dict[int, Any]:
-    """Folds and installs the layers of a plan; returns the specs for config.json by decoder layer.
-
-    Args:
-        form (`str`, defaults to `"condense"`): With "trim_layer", MLPs are dropped and nothing is folded.
-        at_once (`bool`, defaults to `True`): Whether all layers are folded before the first is installed, so that a
-            failure leaves the model as it was; else one after the other, which needs less memory.
-        mlps (`Mapping[int, CondensedMLP]`, *optional*): Condensed MLPs by decoder layer, in place of folded ones.
-    """
-    by_layer = {block.layer: block for block in blocks}
-    check_form(blocks, layers, form)
-
-    def made(chosen: CondensedLayer) -> tuple[SparseBlock, nn.Module]:
-        block = by_layer[chosen.layer]
-        if form == "trim_layer":
-            return block, Trimmed()
-        if mlps is not None:
-            return block, mlps[chosen.layer]
-        with in_memory(block.decoder_layer(model)):
-            mlp = fold(block, chosen.experts, chosen.gates)
-        offload_like(mlp, block.module, f"condensed-{block.layer}")
-        return block, mlp
-
-    folded = (made(chosen) for chosen in layers)
-    specs = {}
-    for block, mlp in list(folded) if at_once else folded:
-        install(model, block, mlp)
-        specs[block.layer] = layer_spec(block, mlp)
-    return specs

@@ -1,21 +1,21 @@
-"""Whether a condensed model could be exported, by a checkpoint's config alone: before anything is read or searched."""
+"""Tell whether a condensed model could be exported, from a checkpoint's config alone, before any search."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..blocks import SparseBlock, UnsupportedModelError, model_shape
-from ..condense.apply import apply_layers, become_condensed
+from ..blocks import SparseBlock, UnsupportedModelError
+from ..condense.forms import FORMS, Replacing
 from ..config import CondenseConfig
 from ..loading.load import sketch_model
-from ..plan import CondensedLayer, CondensePlan
+from ..plan import CondensePlan
 from ..search.budget import experts_per_layer
-from ..search.check import check_config
+from ..search.check import check_request
 from .stock import refuse_gates
 from .stock_config import stock_form
 
@@ -26,7 +26,7 @@ def check_export(
     approximate: bool = False,
     **hub: Any,
 ) -> None:
-    """Checks that what a plan or a search will make of a checkpoint can be exported by `export_stock`.
+    """Check that what a plan or a search will make of a checkpoint can be exported by `export_stock`.
 
     Where a search will choose the layers, each must be one that could be dense: the first, the middle and the last
     sparse layer are tried. What dense layers of the base architecture compute is seen by `export_stock` only.
@@ -42,14 +42,12 @@ def check_export(
         ValueError: if the request does not fit the model.
     """
     sketch, blocks = sketch_model(model_name_or_path, hub)
-    if isinstance(request, CondensePlan):
-        request.check_fits(model_shape(sketch, blocks))
-    else:
-        check_config(request, blocks)
-    if request.form == "trim_block":  # it stays what it is
+    check_request(request, sketch, blocks)
+    form = FORMS[request.form]
+    if not isinstance(form, Replacing):  # the model stays one of its architecture
         return
     layers = _known_layers(request, blocks)
-    if request.form == "condense" and not approximate:
+    if form.keeps_experts and not approximate:
         among = [block for block in blocks if layers is None or block.layer in layers]
         refuse_gates([b.layer for b in among if b.shared_gate is not None], sketch.config.model_type)
     opening = {**hub, "config": sketch.config}
@@ -77,25 +75,7 @@ def _known_layers(request: CondensePlan | CondenseConfig, blocks: Sequence[Spars
 def _condensed_sketch(
     path: str | os.PathLike, opening: dict[str, Any], request: CondensePlan | CondenseConfig, layers: Sequence[int]
 ) -> PreTrainedModel:
-    """The model on the meta device with these layers condensed."""
+    """Build the model on the meta device with these layers condensed."""
     sketch, blocks = sketch_model(path, copy.deepcopy(opening))  # becoming condensed changes the config
-    sketch.name_or_path = ""  # what its card says is of no interest
-    rows = [
-        CondensedLayer(layer, list(range(number)), [1.0] * number)
-        for layer, number in _numbers(request, layers, blocks).items()
-    ]
-    before = sketch.num_parameters()
-    specs = apply_layers(sketch, blocks, rows, request.form)
-    become_condensed(sketch, CondensePlan(rows, form=request.form), specs, len(specs) == len(blocks), before)
+    FORMS[request.form].sketch(sketch, blocks, experts_per_layer(request, layers, blocks))
     return sketch
-
-
-def _numbers(
-    request: CondensePlan | CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]
-) -> Mapping[int, int]:
-    """How many experts each layer keeps."""
-    if request.form != "condense":
-        return dict.fromkeys(layers, 0)
-    if isinstance(request, CondensePlan):
-        return {row.layer: len(row.experts) for row in request.layers}
-    return experts_per_layer(request, layers, blocks)

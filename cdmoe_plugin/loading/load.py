@@ -1,4 +1,4 @@
-"""Opens a sparse checkpoint as a condensed model: the experts that a plan drops are never read.
+"""Open sparse checkpoints: as they are, or as condensed models, for which dropped experts are never read.
 
 transformers does the loading, with its device maps, dtypes, shards and renamings. It is only given less: in a layer
 that the plan condenses, the model is built with K experts instead of N, and of the checkpoint's expert tensors it sees
@@ -15,18 +15,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..blocks import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks, shrink_experts
-from ..condense.apply import apply_layers, become_condensed, check_form, refuse_condensed, refuse_quantised
+from ..condense.apply import become_condensed, refuse_condensed, refuse_quantised
+from ..condense.forms import FORMS, Replacing
+from ..offload import unreachable
 from ..plan import CondensePlan
 from .layers_on_disk import CheckpointLayers, bring_from, load_but_layers
 from .tensors import unread_tensors
 
 
+def opens_in_part(plan: CondensePlan) -> bool:
+    """Tell whether `load_condensed` takes a plan; where decoder layers go, the whole model is read and checked."""
+    return isinstance(FORMS[plan.form], Replacing)
+
+
 def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> PreTrainedModel:
-    """Opens a sparse checkpoint and condenses it as a plan says, reading only what the condensed model needs.
+    """Open a sparse checkpoint and condense it as a plan says, reading only what the condensed model needs.
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
-        plan (`CondensePlan`): What to condense; its form is not "trim_block".
+        plan (`CondensePlan`): A plan that `opens_in_part`.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -34,9 +41,10 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
         ValueError: if the plan does not fit the model; before any weight is read.
     """
     sketch, blocks = sketch_model(path, model_kwargs)
-    shape = model_shape(sketch, blocks)
-    plan.check_fits(shape)
-    check_form(blocks, plan.layers, plan.form)
+    plan = plan.for_model(model_shape(sketch, blocks))
+    form = FORMS[plan.form]
+    assert isinstance(form, Replacing)
+    form.check(sketch, blocks, [layer.layer for layer in plan.layers])
     kept = {layer.layer: layer.experts or [0] for layer in plan.layers}
     counts = {block.layer: block.num_experts for block in blocks}
     model = _open(path, sketch, model_kwargs, kept, counts)
@@ -44,14 +52,13 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
     small = [block for block in describe_sparse_blocks(model) if block.layer in kept]
     for block in small:
         probe_blocks(model, [block], router_experts=counts[block.layer])
-    specs = apply_layers(model, small, renumbered, plan.form, at_once=False)
-    plan = plan if plan.model is not None else replace(plan, model=shape)
+    specs = form.install(model, small, renumbered, at_once=False)
     become_condensed(model, plan, specs, len(specs) == len(blocks), sketch.num_parameters())
     return model
 
 
 def load_sparse(path: str | os.PathLike, sketch: PreTrainedModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Opens a sparse checkpoint as it is.
+    """Open a sparse checkpoint as it is.
 
     Args:
         sketch (`PreTrainedModel`): The same model on the meta device.
@@ -118,7 +125,11 @@ def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[SparseBlock]]:
-    """The model of a sparse checkpoint on the meta device, from its config alone, and its sparse blocks.
+    """Build the model of a sparse checkpoint on the meta device, from its config alone; return it and its blocks.
+
+    Args:
+        path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
+        model_kwargs (`dict`): Arguments of `from_pretrained`; with a `dtype`, the model has it.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
@@ -129,11 +140,42 @@ def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple
         sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=model_kwargs.get("trust_remote_code"))
     refuse_condensed(sketch)
     refuse_quantised(model_kwargs.get("quantization_config"), getattr(sketch.config, "quantization_config", None))
+    dtype = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
+    if isinstance(dtype, str) and dtype != "auto":
+        name, dtype = dtype, getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"`dtype` is {name!r}, which is no dtype of torch: use 'auto', 'bfloat16' or the like.")
+    if isinstance(dtype, torch.dtype):
+        sketch.to(dtype)
     return sketch, find_sparse_blocks(sketch)
 
 
+def open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
+    """Find the sparse blocks of a loaded model, and check that their weights can be read and computed with.
+
+    Raises:
+        UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
+        ValueError: if it is no loaded model, condensed already or quantised, or if weights are on the meta device.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model "
+            "(PEFT, DDP), pass the one inside."
+        )
+    refuse_condensed(model)
+    refuse_quantised(getattr(model, "hf_quantizer", None))
+    blocks = find_sparse_blocks(model)
+    nowhere = unreachable(model)
+    if nowhere:
+        raise ValueError(
+            f"{len(nowhere)} weights of the model are on the meta device, such as {nowhere[0]}: load it from a "
+            "checkpoint, with `device_map` and `offload_folder` if it is larger than memory."
+        )
+    return blocks
+
+
 def check_whole(model: PreTrainedModel, loading_info: Any) -> None:
-    """Checks that all weights of a model that `from_pretrained` returned came from the checkpoint.
+    """Check that all weights of a model that `from_pretrained` returned came from the checkpoint.
 
     Raises:
         ValueError: naming weights that transformers made up, for it only warns.

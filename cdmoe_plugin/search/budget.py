@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..blocks import SparseBlock
+from ..condense.forms import FORMS
 from ..config import CondenseConfig
+from ..plan import CondensePlan
 from ..sizes import Unit, read_budget
 
 # How many times the average a layer may get: what the expert search computes orders for.
@@ -80,13 +82,20 @@ class LayerBudget:
         return sum(sorted(each)[-self.num_layers :])
 
 
-def experts_per_layer(config: CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]) -> dict[int, int]:
-    """How many experts each of these layers keeps by a config, before any search: a budget counts as spent in full."""
-    budget = LayerBudget.of(config, blocks)
+def experts_per_layer(
+    request: CondensePlan | CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]
+) -> dict[int, int]:
+    """Count the experts that each of these layers keeps; before a search, a budget counts as spent in full."""
+    if isinstance(request, CondensePlan):
+        numbers = {row.layer: len(row.experts) for row in request.layers}
+        return {layer: numbers[layer] for layer in layers}
+    if not FORMS[request.form].keeps_experts:
+        return dict.fromkeys(layers, 0)
+    budget = LayerBudget.of(request, blocks)
     if budget is not None:
         return budget.even(layers)
-    assert isinstance(config.num_experts, int)
-    return dict.fromkeys(layers, config.num_experts)
+    assert isinstance(request.num_experts, int)
+    return dict.fromkeys(layers, request.num_experts)
 
 
 def _cost(block: SparseBlock, unit: Unit) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from ..blocks import SparseBlock
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..blocks import SparseBlock, model_shape
+from ..condense.forms import FORMS
 from ..condense.refit import check_refit
 from ..config import CondenseConfig
+from ..plan import CondensePlan
 from ..registry import lookup
 from .budget import LayerBudget
 from .experts.greedy import EXPERT_SELECTIONS
@@ -12,9 +17,11 @@ from .gates import GATES
 from .layers.methods import LAYER_SELECTIONS
 from .layers.outputs import COMPARE, MODEL_METRICS, all_metrics
 
+logger = logging.get_logger(__name__)
+
 
 def check_methods(config: CondenseConfig) -> None:
-    """Checks that every method a config names is registered, and that they go together.
+    """Check that every method a config names is registered, and that they go together.
 
     Raises:
         ValueError: naming the field and the methods that exist, or the two fields that contradict each other.
@@ -27,11 +34,12 @@ def check_methods(config: CondenseConfig) -> None:
     lookup(COMPARE, config.compare, "compare")
     lookup(GATES, config.gates, "gates")
     check_refit(config)
-    if config.form != "condense" and config.num_experts == "auto":
+    trims = not FORMS[config.form].keeps_experts
+    if trims and config.num_experts == "auto":
         raise ValueError(f"`num_experts` is 'auto', but with `form={config.form!r}` no experts are kept.")
-    if config.form != "condense" and config.refit is not None:
+    if trims and config.refit is not None:
         raise ValueError(f"`refit` is {config.refit!r}, but with `form={config.form!r}` nothing is left to fit.")
-    if config.form != "condense" and config.layer_selection == "local":
+    if trims and config.layer_selection == "local":
         raise ValueError(
             "`layer_selection='local'` ranks layers by what their search of experts measured, and "
             f"`form={config.form!r}` has none: choose another one of the two."
@@ -43,8 +51,29 @@ def check_methods(config: CondenseConfig) -> None:
         )
 
 
+def check_request(request: CondensePlan | CondenseConfig, model: PreTrainedModel, blocks: list[SparseBlock]) -> None:
+    """Check that a plan, or any plan that a search by a config may find, can be applied to a model.
+
+    Args:
+        request (`CondensePlan` or `CondenseConfig`): What to condense.
+        model (`PreTrainedModel`): A sparse model, which may be on the meta device.
+        blocks (`list[SparseBlock]`): Its sparse blocks.
+
+    Raises:
+        UnsupportedModelError: if layers can't take the form.
+        ValueError: naming what does not fit.
+    """
+    form = FORMS[request.form]
+    if isinstance(request, CondensePlan):
+        request.check_fits(model_shape(model, blocks))
+        form.check(model, blocks, [layer.layer for layer in request.layers])
+    else:
+        check_config(request, blocks)
+        form.check(model, blocks, request.layers, request.num_layers)
+
+
 def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
-    """Checks numbers of layers and experts against a model.
+    """Check numbers of layers and experts against a model.
 
     Raises:
         ValueError: naming the field, what was asked for and what there is.
@@ -62,11 +91,31 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
     if budget is not None:
         budget.check()
     number = config.num_experts
+    if number == "auto" or not FORMS[config.form].keeps_experts:
+        return
     for block in blocks:
-        chosen = config.layers is None or block.layer in config.layers
-        if config.form == "trim_layer" and chosen:
-            block.check_dropping()
-        if config.form == "condense" and chosen and number != "auto" and number > block.num_experts:
+        if (config.layers is None or block.layer in config.layers) and number > block.num_experts:
             raise ValueError(
                 f"`num_experts` is {number}, but decoder layer {block.layer} has {block.num_experts} routed experts."
             )
+
+
+def warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
+    """Warn where a config asks for something else than the plan that is given beside it, which decides."""
+    if config.form != plan.form:
+        logger.warning(f"The plan decides: its form is {plan.form!r}, not the config's {config.form!r}.")
+    if not FORMS[plan.form].keeps_experts:
+        if config.num_layers != len(plan.layers):
+            logger.warning(f"The plan decides: {len(plan.layers)} layers, not the config's {config.num_layers}.")
+        return
+    experts = max(len(layer.experts) for layer in plan.layers)
+    if config.num_experts == "auto":
+        searched = plan.config or {}
+        agree = all(searched.get(name) == getattr(config, name) for name in ("num_experts", "expert_budget"))
+    else:
+        agree = all(len(layer.experts) == config.num_experts for layer in plan.layers)
+    if not agree or config.num_layers != len(plan.layers):
+        logger.warning(
+            f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
+            f"{config.num_layers} and {config.num_experts!r}. For fewer, use `plan.truncate`."
+        )

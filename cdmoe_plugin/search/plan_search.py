@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import SparseBlock
+from ..blocks import SparseBlock, model_shape
 from ..calibration import Calibration
-from ..condense.fold import fold
-from ..condense.place import standing_in
+from ..condense.forms import FORMS
 from ..config import CondenseConfig
 from ..decoder.record import LayerRecorder
 from ..decoder.stream import LayerStream, State
-from ..model.layers_cdmoe import Trimmed
-from ..plan import CondensedLayer
+from ..plan import CondensedLayer, CondensePlan
 from ..registry import lookup
 from .budget import LayerBudget
 from .experts.data import ExpertOrder, SparseLayerData
@@ -27,16 +26,26 @@ from .layers.methods import LAYER_SELECTIONS, LayerOrder
 from .layers.outputs import compare_outputs, layer_metric, needs_head
 from .layers.variants import LayerSearchData, ModelVariants
 from .processes import Processes
-from .state import SearchState
+from .spread_budget import ChosenExperts, spread_budget, uniformly
+from .state import SearchState, fingerprint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 logger = logging.get_logger(__name__)
 
-# Experts in the order of their selection, and their gates.
-ChosenExperts = tuple[ExpertOrder, dict[int, float]]
-
 
 class PlanSearch:
-    """One search on one model: the decoder layer by layer on the calibration tokens."""
+    """One search on one model: the decoder layer by layer on the calibration tokens.
+
+    Args:
+        model (`PreTrainedModel`): The sparse model, see `searching`.
+        config (`CondenseConfig`): How to search.
+        blocks (`list[SparseBlock]`): All of the model's sparse blocks.
+        calibration (`Calibration`): Tokens to search on.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come.
+        accelerator (`Accelerator` or `PartialState`, *optional*): Processes that share the calibration batches.
+    """
 
     def __init__(
         self,
@@ -44,15 +53,19 @@ class PlanSearch:
         config: CondenseConfig,
         blocks: list[SparseBlock],
         calibration: Calibration,
-        state: SearchState,
-        processes: Processes,
+        state_dir: str | os.PathLike | None = None,
+        accelerator: Accelerator | PartialState | None = None,
     ) -> None:
         self.model = model
         self.config = config
+        self.form = FORMS[config.form]
+        self.shape = model_shape(model, blocks)
         self.calibration = calibration
-        self.state = state
-        self.processes = processes
-        self.blocks = {block.layer: block for block in blocks}
+        self.blocks = {b.layer: b for b in blocks if config.layers is None or b.layer in config.layers}
+        self.processes = processes = Processes(accelerator, len(calibration.batches))
+        belongs = fingerprint(model, config, calibration.fingerprint) if state_dir else {}
+        sizes = {layer: block.num_experts for layer, block in self.blocks.items()}
+        self.state = SearchState(state_dir, belongs, sizes, processes)
         layers_path = blocks[0].path.rsplit(".", 2)[0]
         batches = processes.mine(calibration.batches)
         self.stream = LayerStream(model, layers_path, batches)
@@ -66,12 +79,12 @@ class PlanSearch:
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
-        """Order of experts and gates of every candidate layer, with inputs from the unmodified model.
+        """Search the experts of every candidate layer, with inputs from the unmodified model; return them with gates.
 
-        Layers that are trimmed keep no experts, and none are searched. With an expert budget, the order is longer than
-        the budget pays for in every layer.
+        Where the form keeps no experts, none are searched. With an expert budget, the order is longer than the budget
+        pays for in every layer.
         """
-        if self.config.form != "condense":
+        if not self.form.keeps_experts:
             return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
         found = {}
         states = list(self.stream.embeddings)
@@ -98,46 +111,51 @@ class PlanSearch:
         return (order, {expert: float(data.gates[expert]) for expert in order.experts}), outputs
 
     def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
-        """Order of layers, and what was measured on the way."""
+        """Choose layers, each with these experts, or the first of them that a budget pays for in every layer."""
+        if self.config.layers is not None:
+            return LayerOrder(self.config.layers, [])
         select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
+        experts = experts if self.budget is None else uniformly(self.budget, experts)
         return select(self._layer_data(experts), self.config.num_layers)
 
-    def variants(self, experts: dict[int, ChosenExperts], name: str = "layers") -> ModelVariants:
-        """The model with layers condensed to these experts; `name` tells its divergences from others on disk."""
+    def spread(
+        self, experts: dict[int, ChosenExperts], order: LayerOrder
+    ) -> tuple[dict[int, ChosenExperts], LayerOrder]:
+        """Spread an expert budget over the chosen layers; without one, these keep all experts that were searched."""
+        return (experts, order) if self.budget is None else spread_budget(self._variants, self.budget, experts, order)
+
+    def plan(self, experts: Mapping[int, ChosenExperts], order: LayerOrder) -> CondensePlan:
+        """Make the plan of these experts and layers."""
+        rows = []
+        for i, layer in enumerate(order.layers):
+            score, own = order.scores[i] if order.scores else None, experts[layer][0].scores or None
+            rows.append(replace(_kept(layer, experts[layer]), score=score, expert_scores=own))
+        return CondensePlan(
+            layers=rows,
+            model=self.shape,
+            config=self.config.to_dict(),
+            calibration=self.calibration.to_dict(),
+            layer_divergences=order.rounds[0] if order.rounds else None,
+            form=self.config.form,
+            layer_similarities=order.similarities,
+        )
+
+    def _variants(self, experts: dict[int, ChosenExperts], name: str) -> ModelVariants:
         return ModelVariants(self._layer_data(experts, name))
 
     def _layer_data(self, experts: dict[int, ChosenExperts], name: str = "layers") -> LayerSearchData:
-        form = self.config.form
-
-        def mlp(layer: int) -> nn.Module:
-            if form != "condense":
-                return Trimmed()
-            order, gates = experts[layer]
-            return fold(self.blocks[layer], order.experts, [gates[e] for e in order.experts])
-
-        def condense(layer: int) -> AbstractContextManager[None]:
-            if form == "trim_block":
-                return self.stream.skipping([layer])
-            return standing_in(self.model, self.blocks[layer], mlp(layer))
-
-        def entering(layer: int, state: State, batch: int) -> Tensor:
-            if form == "trim_block":
-                return state[0]
-            # A layer without its MLP gives what would have entered that: no architecture's norms need to be known.
-            with standing_in(self.model, self.blocks[layer], Trimmed()):
-                return self.stream.run_layer(layer, state, batch)[0]
-
+        form, stream, blocks = self.form, self.stream, self.blocks
         return LayerSearchData(
-            stream=self.stream,
+            stream=stream,
             candidates=sorted(experts),
-            condense=condense,
+            condense=lambda layer: form.variant(stream, blocks[layer], _kept(layer, experts[layer])),
+            entering=lambda layer, state, batch: form.entering(stream, blocks[layer], state, batch),
             comparison=compare_outputs(
                 self.config.metric, self.config.compare, self.stream, self.token_weights, self.calibration.num_samples
             ),
             own_divergences={layer: order.scores[-1] for layer, (order, _) in experts.items() if order.scores},
             token_weights=self.token_weights,
             cache_bytes=self.config.cache_bytes,
-            entering=entering,
             processes=self.processes,
             known=self.state,
             name=name,
@@ -175,6 +193,11 @@ class PlanSearch:
                 "has no mean gate). Use more calibration data or a smaller `num_experts`."
             )
         return self.config.num_experts
+
+
+def _kept(layer: int, chosen: ChosenExperts) -> CondensedLayer:
+    order, gates = chosen
+    return CondensedLayer(layer, order.experts, [gates[expert] for expert in order.experts])
 
 
 def _order_from_dict(values: Any) -> ChosenExperts:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLayer
 
 from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.blocks import UnsupportedModelError
-from cdmoe_plugin.condense.trimming.config import readings
+from cdmoe_plugin.condense.forms.fewer_layers import readings, without_layers
 from cdmoe_plugin.estimate import dry_run
 from tests.helpers.models import IDS
 from tests.helpers.states import differing, state_of
@@ -100,6 +101,50 @@ def test_a_buffer_that_depends_on_its_place_is_refused(monkeypatch: pytest.Monke
     assert len(apply_plan(model, trim_plan("trim_block", [3])).model.layers) == 3
 
 
+PASSING = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),
+    MemoryError(),
+    KeyboardInterrupt(),
+    NameError("a bug"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: f"{type(error).__name__}")
+@pytest.mark.parametrize("place", ["__init__", "forward"])
+def test_other_errors_are_no_refusals(place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose layers are built again, or run without some, raises what is no answer to either."""
+    model = tiny_model("qwen2_moe")
+    before, method = state_of(model), getattr(Qwen2MoeDecoderLayer, place)
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if place == "__init__" or len(model.model.layers) == 3:
+            raise error
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2MoeDecoderLayer, place, failing)
+    with pytest.raises(type(error)) as caught:
+        apply_plan(model, trim_plan("trim_block", [1]))
+    assert caught.value is error
+    after = state_of(model)
+    assert not differing(before[0], after[0])
+    assert before[1] == after[1]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("no"), StrictDataclassError("no")])
+def test_configs_that_refuse_are_refusals(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, init = tiny_model("qwen2_moe"), Qwen2MoeDecoderLayer.__init__
+
+    def refusing(self: Any, config: Any, layer_idx: int) -> None:
+        if config.num_hidden_layers == 3:
+            raise error
+        init(self, config, layer_idx)
+
+    monkeypatch.setattr(Qwen2MoeDecoderLayer, "__init__", refusing)
+    with pytest.raises(UnsupportedModelError, match=r"can't describe what remains \(it is refused: no\)"):
+        apply_plan(model, trim_plan("trim_block", [1]))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "first"),
     [
@@ -121,6 +166,13 @@ def test_readings(name: str, value: Any, first: Any) -> None:
     assert found[0] == first
     assert [0, 1, 1] in found or name != "kv_source_layers"
     assert found == [reading for i, reading in enumerate(found) if reading not in found[:i]]
+
+
+def test_two_fields_that_move() -> None:
+    """Without its first layer, both of jamba's patterns begin one layer earlier."""
+    model = tiny_model("jamba", num_layers=6)
+    remaining = without_layers(model, "layers", [0])
+    assert remaining.fields == {"attn_layer_offset": 0, "expert_layer_offset": 0, "num_hidden_layers": 5}
 
 
 def test_dense_layers_after_sparse_ones_are_renumbered() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.cards.plots import plot_layer_divergences
-from cdmoe_plugin.condense import apply as condensed
+from cdmoe_plugin.condense.forms import condense as condensed
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 IDS = random_ids(5)

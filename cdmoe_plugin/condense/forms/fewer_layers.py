@@ -2,30 +2,40 @@
 
 What a config says per layer has many names (`layer_types`, `mlp_only_layers`, `first_k_dense_replace`, ...), and none
 is looked up here. A list as long as the decoder may hold one value per layer or indices of layers, a number may be a
-boundary between them: each such field has a few readings. The first set of readings is taken under which the config,
-written as JSON and read again, builds the decoder layers that are to remain, and everything else as it was.
+boundary between them: each such field has a few readings. Those are taken under which the config, written as JSON and
+read again, builds the decoder layers that are to remain, and everything else as it was.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...blocks import UnsupportedModelError
+from ...checks import is_out_of_memory
 
-# Sets of readings to try, at most; there is rarely more than one field that can be read in two ways.
-_MAX_TRIES = 64
+# Errors by which configs and models refuse fields that contradict each other.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    StrictDataclassError,
+)
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -46,11 +56,25 @@ class Remaining:
 
 
 class _Mismatch(Exception):
-    """Why a set of readings does not build what is to remain."""
+    """A difference between the model that config fields build and the one that is to remain."""
+
+
+class _Attempt(NamedTuple):
+    """A model built from some config fields, beside the one that is to remain.
+
+    Args:
+        differing (`float`): Modules that differ; infinite where the fields build no model.
+        reason (`str`): The first difference.
+        attributes (`list[tuple[str, str, Any]]`): As in `Remaining`.
+    """
+
+    differing: float
+    reason: str
+    attributes: list[tuple[str, str, Any]]
 
 
 def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[int]) -> Remaining:
-    """What a model's config and modules must say once some of its decoder layers are dropped.
+    """Find what a model's config and modules must say once some of its decoder layers are dropped.
 
     Nothing is computed and the model is not changed; it may be on the meta device.
 
@@ -84,23 +108,35 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
         before = _build(type(model), config, with_buffers) if with_buffers else before
     except _Mismatch as error:
         raise UnsupportedModelError(f"{what}: its own config does not build it ({error}).") from error
-    reasons = []
-    for chosen in islice(product(*choices.values()), _MAX_TRIES):
-        fields = {**number, **dict(zip(choices, chosen, strict=True))}
-        fields = {name: value for name, value in fields.items() if value != values[name]}
+
+    def attempt(fields: dict[str, Any]) -> _Attempt:
         try:
             after = _build(type(model), _changed(config, fields), with_buffers)
-            return Remaining(kept, fields, _compare(before, after, f"{prefix}{layers_path}.", kept, total))
         except _Mismatch as error:
-            reasons.append(str(error))
-    raise UnsupportedModelError(
-        f"{what}: its config can't describe what remains ({reasons[0]}). A pattern that repeats over the layers, or a "
-        "layer that depends on its place, does not survive."
-    )
+            return _Attempt(math.inf, str(error), [])
+        return _compare(before, after, f"{prefix}{layers_path}.", kept, total)
+
+    fields = {**number, **{name: found[0] for name, found in choices.items()}}
+    first = best = attempt(fields)
+    alternatives = [(name, reading) for name, found in choices.items() for reading in found[1:]]
+    # One field at a time, the one whose other reading leaves the fewest modules that differ.
+    while best.differing and alternatives:
+        tried = [(attempt({**fields, name: reading}), name, reading) for name, reading in alternatives]
+        other, name, reading = min(tried, key=lambda each: each[0].differing)
+        if other.differing >= best.differing:
+            break
+        fields, best = {**fields, name: reading}, other
+    if best.differing:
+        raise UnsupportedModelError(
+            f"{what}: its config can't describe what remains ({first.reason}). A pattern that repeats over the layers, "
+            "or a layer that depends on its place, does not survive."
+        )
+    changed = {name: value for name, value in fields.items() if value != values[name]}
+    return Remaining(kept, changed, best.attributes)
 
 
 def readings(name: str, value: Any, kept: Sequence[int], total: int) -> list[Any]:
-    """What a config field may have to be once only the `kept` of `total` layers are left, the likeliest first."""
+    """List what a config field may have to be once only the `kept` of `total` layers are left, the likeliest first."""
     found: list[Any] = [value]
     if "token" in name:  # a list of token ids may be as long as a shallow decoder
         return found
@@ -132,27 +168,27 @@ def _computes_buffers(layers: nn.Module) -> bool:
 
 
 def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig, with_buffers: bool = False) -> PreTrainedModel:
-    """A model from what `config` leaves in a file; parameters on the meta device, buffers too unless asked for."""
+    """Build a model from what `config` leaves in a file; parameters on the meta device, buffers too unless asked for.
+
+    Raises:
+        _Mismatch: if the config or the model refuses it. Out of memory is no refusal and passes.
+    """
     try:
-        with TemporaryDirectory() as folder:
-            config.to_json_file(Path(folder) / "config.json")
-            again = type(config).from_json_file(Path(folder) / "config.json")
+        again = type(config).from_dict(json.loads(json.dumps(config.to_diff_dict())))
         for name, value in vars(config).items():
             if not name.startswith("_") and isinstance(value, list) and vars(again).get(name) != value:
                 raise _Mismatch(f"`{name}` would be {vars(again).get(name)} instead of {value}")
         # With buffers, every parameter takes memory for a moment; nearly no architecture needs that.
         with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             return model_class(again)
-    except _Mismatch:
-        raise
-    except Exception as error:  # configs and models refuse what they do not understand in many ways
+    except _REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         raise _Mismatch(f"it is refused: {error}") from error
 
 
-def _compare(
-    before: nn.Module, after: nn.Module, layers: str, kept: Sequence[int], total: int
-) -> list[tuple[str, str, Any]]:
-    """Checks that `after` is `before` with the `kept` layers alone; returns attributes that tell a module its place."""
+def _compare(before: nn.Module, after: nn.Module, layers: str, kept: Sequence[int], total: int) -> _Attempt:
+    """Compare `after` with `before` without all but the `kept` layers, module by module."""
     new_names = {f"{layers}{old}": f"{layers}{new}" for new, old in enumerate(kept)}
     pattern = re.compile(re.escape(layers) + r"\d+")
     expected: dict[str, nn.Module] = {}
@@ -163,16 +199,19 @@ def _compare(
         elif match[0] in new_names:
             expected[new_names[match[0]] + name[match.end() :]] = module
     found = dict(after.named_modules())
-    changed = []
+    changed, differences = [], []
     for name in sorted(expected.keys() | found.keys()):
         old, new = expected.get(name), found.get(name)
-        if old is None or new is None or type(old) is not type(new):
-            raise _Mismatch(f"{name} would be {_kind(new)} instead of {_kind(old)}")
         match = pattern.match(name)
         index = int(match[0].removeprefix(layers)) if match else None
-        _compare_tensors(name, old, new, index is None)
-        changed += [(name, *each) for each in _compare_attributes(name, old, new, index, kept, total)]
-    return changed
+        try:
+            if old is None or new is None or type(old) is not type(new):
+                raise _Mismatch(f"{name} would be {_kind(new)} instead of {_kind(old)}")
+            _compare_tensors(name, old, new, index is None)
+            changed += [(name, *each) for each in _compare_attributes(name, old, new, index, kept, total)]
+        except _Mismatch as error:
+            differences.append(str(error))
+    return _Attempt(len(differences), differences[0] if differences else "", changed)
 
 
 def _kind(module: nn.Module | None) -> str:
@@ -180,7 +219,7 @@ def _kind(module: nn.Module | None) -> str:
 
 
 def _compare_tensors(where: str, old: nn.Module, new: nn.Module, shared: bool) -> None:
-    """Names and shapes of what is saved; and the values of what is computed whenever a checkpoint is opened.
+    """Compare names and shapes of weights, and values of buffers that are computed whenever a checkpoint is opened.
 
     Of the latter, modules that layers share hold some for each kind of layer, and lose them with the last of a kind.
     """

@@ -1,0 +1,12 @@
+"""Forms that a decoder layer may take, one file each."""
+
+from __future__ import annotations
+
+from .condense import Condense
+from .form import Form, Replacing
+from .trim_block import TrimBlock
+from .trim_layer import TrimLayer
+
+FORMS: dict[str, Form] = {form.name: form for form in (Condense(), TrimLayer(), TrimBlock())}
+
+__all__ = ["FORMS", "Form", "Replacing"]

@@ -1,0 +1,158 @@
+"""The questions that the rest of the package has for a form, and the answers that most forms share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...blocks import SparseBlock
+from ...decoder.stream import LayerStream, State
+from ...model.layers_cdmoe import CondensedMLP, Trimmed
+from ...plan import CondensedLayer, CondensePlan
+from ..apply import become_condensed, layer_spec
+from ..place import install, standing_in
+
+
+class Form(ABC):
+    """The form that chosen decoder layers take.
+
+    Attributes:
+        name (`str`): Its name in `CondenseConfig.form` and in plans.
+        keeps_experts (`bool`): Whether a layer keeps any of its experts: they are searched, and may be refitted.
+    """
+
+    name: ClassVar[str]
+    keeps_experts: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(
+        self, model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[int] | None, num_layers: int = 1
+    ) -> None:
+        """Check that layers of a model can take this form; the model may be on the meta device.
+
+        Args:
+            model (`PreTrainedModel`): A sparse model.
+            blocks (`Sequence[SparseBlock]`): Its sparse blocks.
+            layers (`Sequence[int]`, *optional*): The decoder layers; None before a search, which may choose any.
+            num_layers (`int`, defaults to 1): Number of layers that a search will choose.
+
+        Raises:
+            UnsupportedModelError: naming the layers and the reason.
+        """
+
+    @abstractmethod
+    def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
+        """Give one layer of a running model this form, for a while."""
+
+    @abstractmethod
+    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
+        """Compute the hidden states `[B, S, H]` that enter the part of a layer which this form replaces.
+
+        Args:
+            stream (`LayerStream`): The unmodified model.
+            block (`SparseBlock`): The layer's sparse block.
+            state (`State`): The layer's input.
+            batch (`int`): Index of the batch that the input belongs to.
+        """
+
+    @abstractmethod
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        plan: CondensePlan,
+        mlps: Mapping[int, CondensedMLP] | None = None,
+    ) -> None:
+        """Give the layers of a plan this form, in place.
+
+        Args:
+            model (`PreTrainedModel`): A sparse model.
+            blocks (`Sequence[SparseBlock]`): Its sparse blocks.
+            plan (`CondensePlan`): A plan of this form, which fits the model.
+            mlps (`Mapping[int, CondensedMLP]`, *optional*): Refitted MLPs by decoder layer, in place of folded ones.
+
+        Raises:
+            UnsupportedModelError: if the layers can't take this form. The model is then unchanged.
+        """
+
+    @abstractmethod
+    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+        """Give a model on the meta device the sizes that any plan with these numbers of experts would give it.
+
+        Args:
+            model (`PreTrainedModel`): A sparse model on the meta device.
+            blocks (`Sequence[SparseBlock]`): Its sparse blocks.
+            kept (`Mapping[int, int]`): Number of experts that each layer keeps, by decoder layer.
+        """
+
+
+class Replacing(Form):
+    """A form that puts another module in place of a layer's sparse block: the model becomes a condensed one.
+
+    A checkpoint can be opened in this form without the experts that are not kept.
+    """
+
+    @abstractmethod
+    def module(self, block: SparseBlock, kept: CondensedLayer) -> nn.Module:
+        """Make the module that takes a sparse block's place."""
+
+    def stored_module(self, model: PreTrainedModel, block: SparseBlock, kept: CondensedLayer) -> nn.Module:
+        """Make the same module, with its weights where the model has the block's: in memory, or offloaded."""
+        return self.module(block, kept)
+
+    def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
+        return standing_in(stream.model, block, self.module(block, kept))
+
+    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
+        # A layer without its MLP returns what would have entered it: no architecture's norms need to be known.
+        with standing_in(stream.model, block, Trimmed()):
+            return stream.run_layer(block.layer, state, batch)[0]
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        plan: CondensePlan,
+        mlps: Mapping[int, CondensedMLP] | None = None,
+    ) -> None:
+        self.check(model, blocks, [layer.layer for layer in plan.layers])
+        parameters_before = model.num_parameters()
+        specs = self.install(model, blocks, plan.layers, mlps=mlps)
+        become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
+
+    def install(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        layers: Sequence[CondensedLayer],
+        at_once: bool = True,
+        mlps: Mapping[int, CondensedMLP] | None = None,
+    ) -> dict[int, dict[str, Any]]:
+        """Replace the sparse blocks of these layers; return their specs for config.json by decoder layer.
+
+        Args:
+            model (`PreTrainedModel`): A sparse model.
+            blocks (`Sequence[SparseBlock]`): Its sparse blocks.
+            layers (`Sequence[CondensedLayer]`): Layers of a plan.
+            at_once (`bool`, defaults to `True`): Whether all modules are made before the first is installed, so that a
+                failure leaves the model as it was; else one after the other, which needs less memory.
+            mlps (`Mapping[int, CondensedMLP]`, *optional*): As for `apply`.
+        """
+        by_layer = {block.layer: block for block in blocks}
+        chosen = ((by_layer[kept.layer], kept) for kept in layers)
+        made = ((b, mlps[b.layer] if mlps is not None else self.stored_module(model, b, k)) for b, k in chosen)
+        specs = {}
+        for block, module in list(made) if at_once else made:
+            install(model, block, module)
+            specs[block.layer] = layer_spec(block, module)
+        return specs
+
+    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+        model.name_or_path = ""  # the base model's card is not read
+        rows = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in kept.items()]
+        self.apply(model, blocks, CondensePlan(rows, form=self.name))

@@ -1,0 +1,165 @@
+"""Block Trimming (He et al. 2024, arXiv 2406.15786): a model without some decoder layers is still what it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...blocks import SparseBlock, UnsupportedModelError
+from ...calibration import TokenBatch
+from ...checks import is_out_of_memory
+from ...decoder.stream import LayerStream, State, decoder_of, searching
+from ...model.layers_cdmoe import CondensedMLP
+from ...model.modeling_cdmoe import silence_router_loss
+from ...plan import CondensedLayer, CondensePlan
+from ..apply import own_config
+from .fewer_layers import Remaining, without_layers
+from .form import Form
+
+
+class TrimBlock(Form):
+    """A baseline of the paper: the whole decoder layer goes.
+
+    The model keeps its class and is saved as a checkpoint of its own architecture; its config says fewer layers.
+    """
+
+    name = "trim_block"
+
+    def check(
+        self, model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[int] | None, num_layers: int = 1
+    ) -> None:
+        path = _layers_path(blocks)
+        total = len(model.base_model.get_submodule(path))  # type: ignore[arg-type]
+        if layers is not None or num_layers >= total:
+            without_layers(model, path, range(total) if layers is None else layers)
+            return
+        # A search may choose any: each sparse one is dropped alone.
+        for block in blocks:
+            try:
+                without_layers(model, path, [block.layer])
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{error} Name layers that can be dropped in `layers`.") from error
+
+    def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
+        return stream.skipping([block.layer])
+
+    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
+        return state[0]
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        plan: CondensePlan,
+        mlps: Mapping[int, CondensedMLP] | None = None,
+    ) -> None:
+        """Drop the decoder layers of a plan; `model.condense_plan` is then the plan.
+
+        Before it returns, the model has computed, on a few tokens, what the whole model computes with these layers
+        skipped.
+        """
+        path = _layers_path(blocks)
+        dropped = sorted(layer.layer for layer in plan.layers)
+        remaining = without_layers(model, path, dropped)
+        with searching(model):
+            batch = _some_tokens(model)
+            expected = _skipping(LayerStream(model, path, [batch]), dropped)
+            with _unless_refused(model, path, remaining):
+                _check(
+                    model, batch, expected, f"{model.config.model_type!r} can't do without its decoder layers {dropped}"
+                )
+        if all(block.layer in dropped for block in blocks):
+            silence_router_loss(model)
+        _renumber_device_map(model, path, remaining.kept)
+        vars(model)["condense_plan"] = plan
+
+    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+        layers: Any = model.base_model.get_submodule(_layers_path(blocks))
+        for layer in sorted(kept, reverse=True):
+            del layers[layer]
+
+
+def _layers_path(blocks: Sequence[SparseBlock]) -> str:
+    """Name of the list of decoder layers in the base model, such as "layers"."""
+    return blocks[0].path.rsplit(".", 2)[0]
+
+
+def _some_tokens(model: PreTrainedModel) -> TokenBatch:
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.randint(embeddings.weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0))
+    return TokenBatch(ids, torch.ones_like(ids))
+
+
+def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
+    """The last hidden state of the whole model with some of its layers skipped."""
+    state = stream.embeddings[0]
+    with stream.skipping(dropped):
+        for layer in range(len(stream)):
+            state = stream.run_layer(layer, state, 0)
+    return stream.finish(state)
+
+
+def _check(model: PreTrainedModel, batch: TokenBatch, expected: Tensor, what: str) -> None:
+    """Check the last hidden state of a model on a batch, with a cache, too: some want a kind of layer that is gone."""
+    base: Any = decoder_of(model)
+    device = next(model.get_input_embeddings().parameters()).device
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    scale = float(expected.abs().max())
+    for use_cache in (False, True):
+        try:
+            found = base(**inputs, use_cache=use_cache).last_hidden_state.to(expected.device)
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(f"model type {what}: what remains does not run ({error}).") from error
+        if not torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * scale):
+            raise UnsupportedModelError(f"model type {what}: the remaining ones compute something else than before.")
+
+
+@contextmanager
+def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> Iterator[None]:
+    """Drop the layers, and put everything back if the block raises."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.base_model.get_submodule(parent_path)
+    layers: Any = getattr(parent, name)
+    config = vars(own_config(model))
+    before = dict(config)
+    attributes = []
+    try:
+        setattr(parent, name, nn.ModuleList([layers[i] for i in remaining.kept]).train(layers.training))
+        # Past `__setattr__`, which may look at one field before the other has changed.
+        config.update(remaining.fields)
+        for module_name, attribute, value in remaining.attributes:
+            module = model.get_submodule(module_name)
+            attributes.append((module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, value)
+        yield
+    except BaseException:
+        setattr(parent, name, layers)
+        config.update(before)
+        for module, attribute, value in attributes:
+            setattr(module, attribute, value)
+        raise
+
+
+def _renumber_device_map(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
+    """`hf_device_map` names modules; transformers and accelerate read it when a model is saved or trained."""
+    devices: Any = getattr(model, "hf_device_map", None)
+    if not devices:
+        return
+    pattern = re.compile(rf"((?:^|.*\.){re.escape(path)}\.)(\d+)((?:\..*)?)")
+    place = {old: new for new, old in enumerate(kept)}
+    renumbered = {}
+    for name, device in devices.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            renumbered[name] = device
+        elif int(match[2]) in place:
+            renumbered[f"{match[1]}{place[int(match[2])]}{match[3]}"] = device
+    vars(model)["hf_device_map"] = renumbered

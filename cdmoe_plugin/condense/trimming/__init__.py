@@ -1,1 +1,0 @@
-"""Layer and Block Trimming, the paper's baselines."""
