@@ -133,7 +133,7 @@ def apply_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Condense a loaded model as a plan says, in place, and returns it.
+    """Condense a loaded model as a plan says, in place, and return it.
 
     The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint. Only a plan
     that trims blocks leaves it what it was, with fewer layers: it is saved as a checkpoint of its own architecture.

@@ -94,8 +94,13 @@ def short(value: Any) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a device or on the CPU."""
-    import torch  # this module is also read where nothing is computed
+    """Tell whether an error, or one that it was raised from, says that memory ran out, on any device."""
+    import torch  # not needed where only values are checked
 
-    # torch's allocator for the CPU has no error of its own.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator, libraries of CUDA and the operating system have no type of their own for it.
+    text = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
+    if any(sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "alloc_failed")):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)

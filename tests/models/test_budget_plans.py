@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cdmoe_plugin import CondenseConfig, CondensePlan, api, apply_plan, condense_pretrained, search_plan
+from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.cards.tables import plan_table
 from cdmoe_plugin.estimate import dry_run
+from cdmoe_plugin.search import check
 from cdmoe_plugin.search.state import FILE, SearchState
 from tests.helpers.budgets import AUTO, EXPERT, SEQUENCES, helpful
 from tests.helpers.interrupting import Interrupted, interrupting
@@ -89,7 +90,7 @@ def test_bytes_are_counted_in_the_dtype_that_is_loaded(tmp_path: Path) -> None:
 
 def test_a_plan_that_is_not_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model, warnings = helpful("qwen2_moe"), []
-    monkeypatch.setattr(api.logger, "warning", warnings.append)
+    monkeypatch.setattr(check.logger, "warning", warnings.append)
     plan = search_plan(model, AUTO, calibration=SEQUENCES)
     for config, warned in ((AUTO, False), (replace(AUTO, expert_budget=7), True), (CondenseConfig(num_layers=3), True)):
         warnings.clear()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.api import sketch_model
 from cdmoe_plugin.loading.layers_on_disk import CheckpointLayers
+from cdmoe_plugin.loading.load import sketch_model
 from tests.helpers.models import build
 from tests.helpers.recovery import load_recipe
 from tests.helpers.tiny_models import available, random_ids, tiny_model

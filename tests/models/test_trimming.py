@@ -26,6 +26,8 @@ from cdmoe_plugin import (
 )
 from cdmoe_plugin.blocks import UnsupportedModelError, find_sparse_blocks
 from cdmoe_plugin.cards.tables import plan_table
+from cdmoe_plugin.condense.forms import FORMS as FORMS_BY_NAME
+from cdmoe_plugin.config import FORMS as CONFIG_FORMS
 from cdmoe_plugin.estimate import dry_run
 from cdmoe_plugin.search.layers import methods as layer_selection
 from tests.helpers.checkpoints import Reads, experts_read
@@ -117,6 +119,10 @@ def test_named_layers_need_no_data(tmp_path: Path) -> None:
         model = condense_pretrained(tmp_path, CondenseConfig(layers=[3, 1], num_experts=99, form=form))
         assert [row.layer for row in model.condense_plan.layers] == [3, 1]
         assert model.condense_plan.form == form
+
+
+def test_every_form_of_a_config_is_known() -> None:
+    assert list(FORMS_BY_NAME) == FORMS == list(CONFIG_FORMS)
 
 
 def test_unknown_forms() -> None:
