@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -44,8 +45,7 @@ class CheckpointLayers(Mapping[str, Tensor]):
         self.sketch = sketch
         self.prefix = f"{layers_path}."
         self.load = load
-        # With a module on disk, if only by name, transformers converts one weight at a time, not several in threads.
-        self.load_config = replace(load_config, device_map={"": "cpu", "nothing": "disk"}, disk_offload_folder=None)
+        self.load_config = replace(load_config, device_map={"": "cpu"}, disk_offload_folder=None)
         self.tensors: dict[int, dict[str, Unread]] = {}
         for key, tensor in tensors.items():
             layer = layer_of(key)
@@ -106,7 +106,9 @@ class CheckpointLayers(Mapping[str, Tensor]):
         tensors = self.tensors[layer]
         numbers = numbered_experts(tensors)
         module = self.sketch.get_submodule(f"{self.prefix}{layer}")
-        with no_progress_bars():  # one for every layer, again and again
+        # A bar for every layer says nothing, and threads would convert several weights at once, each of which takes
+        # twice its memory; transformers has no argument that stops them.
+        with no_progress_bars(), patch_environment(HF_DEACTIVATE_ASYNC_LOAD=1):
             whole = self._read_experts(module, tensors, numbers) if numbers else {}
             self.load(self.sketch, without_experts(tensors), None, self.load_config)
         weights = {name: parameter.detach() for name, parameter in module.named_parameters()} | whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections import Counter
@@ -169,6 +170,23 @@ def test_a_layer_is_read_from_the_checkpoint_once_per_round(
     # As above, and once more where it is condensed; the first block is probed again then.
     condensed = {layer.layer for layer in model.condense_plan.layers}
     assert reads == {0: 6, **{layer: 6 + 2 * (layer == 1) + (layer in condensed) for layer in (1, 2, 3)}}
+
+
+def test_weights_of_a_layer_are_converted_one_by_one(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would convert several in threads, each of which takes memory."""
+    read = CheckpointLayers._read
+
+    def without_threads(self: CheckpointLayers, layer: int) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
+            return read(self, layer)
+
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    monkeypatch.setattr(CheckpointLayers, "_read", without_threads)
+    on_disk(sparse, tmp_path)
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(sparse: Path, tmp_path: Path) -> None:
