@@ -31,7 +31,7 @@ def estimated_effects(
     return {layer: [factors.get(layer, usual) * value for value in values] for layer, values in own.items()}
 
 
-def spread(effects: Mapping[int, Sequence[float]], costs: Mapping[int, int], budget: int) -> dict[int, int]:
+def allocate(effects: Mapping[int, Sequence[float]], costs: Mapping[int, int], budget: int) -> dict[int, int]:
     """Numbers of experts whose effects have the smallest sum within a budget.
 
     Where every further expert of a layer gains less than the one before, this is what taking the largest gain per cost,

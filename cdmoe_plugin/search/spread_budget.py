@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .budget import LayerBudget
 from .experts.data import ExpertOrder
-from .knapsack import estimated_effects, spread
+from .knapsack import allocate, estimated_effects
 from .layers.methods import LayerOrder, scores_alone, scores_along
 from .layers.variants import ModelVariants
 
@@ -62,7 +62,7 @@ def spread_budget(
         scores = scores_along(model, layers) if scores is None else scores
     numbers = {layer: len(kept.experts) for layer, (kept, _) in uniform.items()}
     own = {layer: experts[layer][0].scores for layer in layers}
-    kept = spread(estimated_effects(alone, own, numbers), budget.costs, budget.amount)
+    kept = allocate(estimated_effects(alone, own, numbers), budget.costs, budget.amount)
     if kept == numbers:
         return uniform, replace(order, scores=scores)
     chosen = {layer: keep_first(experts[layer], number) for layer, number in kept.items()}

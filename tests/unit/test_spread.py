@@ -16,7 +16,7 @@ from cdmoe_plugin import CondenseConfig, CondensePlan
 from cdmoe_plugin.config import condense_arguments
 from cdmoe_plugin.search import knapsack as module
 from cdmoe_plugin.search.budget import LayerBudget
-from cdmoe_plugin.search.knapsack import estimated_effects, spread
+from cdmoe_plugin.search.knapsack import allocate, estimated_effects
 from cdmoe_plugin.sizes import read_budget
 from tests.helpers.plans import some_plan
 
@@ -53,7 +53,7 @@ def test_no_allocation_is_better(seed: int, prices: tuple[int, ...]) -> None:
     effects = random_tables(seed)
     costs = {layer: prices[i % len(prices)] for i, layer in enumerate(effects)}
     for budget in (0, 1, 4, 7, 13, 25, 1000):
-        kept = spread(effects, costs, budget)
+        kept = allocate(effects, costs, budget)
         allocations = every_allocation(effects, costs, budget)
         assert list(kept) == list(effects)
         assert kept in allocations
@@ -73,15 +73,15 @@ def test_falling_gains_are_taken_one_by_one(seed: int) -> None:
         for _ in range(min(number, 30)):
             open_layers = [i for i in effects if kept[i] < 6]
             kept[max(open_layers, key=lambda i: effects[i][kept[i]] - effects[i][kept[i] + 1])] += 1
-        assert spread(effects, costs, 3 * number + 2) == kept
+        assert allocate(effects, costs, 3 * number + 2) == kept
 
 
 def test_experts_that_help_only_together() -> None:
     effects = {0: [1.0, 1.1, 0.2], 1: [1.0, 0.7, 0.65]}
-    assert spread(effects, {0: 1, 1: 1}, 1) == {0: 0, 1: 1}
-    assert spread(effects, {0: 1, 1: 1}, 2) == {0: 2, 1: 0}
-    assert spread(effects, {0: 1, 1: 1}, 3) == {0: 2, 1: 1}
-    assert spread({0: [1.0, 1.0, 2.0], 1: [0.0, 0.5]}, {0: 1, 1: 1}, 9) == {0: 0, 1: 0}  # no use, or harm
+    assert allocate(effects, {0: 1, 1: 1}, 1) == {0: 0, 1: 1}
+    assert allocate(effects, {0: 1, 1: 1}, 2) == {0: 2, 1: 0}
+    assert allocate(effects, {0: 1, 1: 1}, 3) == {0: 2, 1: 1}
+    assert allocate({0: [1.0, 1.0, 2.0], 1: [0.0, 0.5]}, {0: 1, 1: 1}, 9) == {0: 0, 1: 0}  # no use, or harm
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,7 +89,7 @@ def test_costs_without_a_common_unit(seed: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_MOST_UNITS", 500)
     effects, costs = random_tables(seed), {5: 1009, 1: 2003, 3: 997, 8: 1511}
     for budget in (900, 5000, 12000):
-        kept = spread(effects, costs, budget)
+        kept = allocate(effects, costs, budget)
         assert price(costs, kept) <= budget
         rounded = [k for k in every_allocation(effects, costs, budget) if price(costs, k) <= budget * 0.95]
         assert total(effects, kept) <= min(total(effects, other) for other in rounded)
