@@ -1,4 +1,4 @@
-"""Checks of values that somebody may have edited; every error names the field and what was found."""
+"""Checks of values that somebody may have edited (errors name the field and what was found), and of errors."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checks import is_out_of_memory
+
 # The paper's data, for calibration and for language modelling: the first shard of C4's English training split.
 C4_NAME = "allenai/c4"
 C4_FILES = "en/c4-train.00000-of-01024.json.gz"
@@ -38,10 +40,13 @@ def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
     if path.stat().st_size == 0:
         return None
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         return load_dataset(formats[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
+    except (DatasetsError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"The {what} file {path} can't be read: {error.__cause__ or error}") from error
 
 
@@ -52,10 +57,14 @@ def open_hub(name: str, what: str, advice: str, **kwargs: Any) -> Any:
         ValueError: if the hub can't be reached or has no such dataset.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of the client that it uses, for connections that fail
 
     try:
         return load_dataset(name, **{"split": "train", **kwargs})
-    except Exception as error:
+    except (DatasetsError, HTTPError, ImportError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"The {what} data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). {advice}"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_out_of_memory
 from .block import SparseBlock
 from .dispatch import RoutedCall, Routing, hidden_of, patched_forward
 from .quirks import known_quirks
@@ -42,6 +43,8 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
         with block.dispatch.giving(torch.zeros_like(block.enter(x))):
             output = block.dispatch.block(x)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(f"its block needs more than hidden states ({error})") from error
     finally:
         handle.remove()

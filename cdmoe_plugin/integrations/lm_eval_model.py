@@ -157,8 +157,9 @@ class CDMoELM(HFLM):
                     avoid=self.tokenizer.all_special_ids,
                 )
         except Exception as error:
-            # Hours of evaluation may lie behind; their results must not be lost to this.
-            logger.warning("The speed of generation could not be measured: %r", error)
+            # Of any type, even out of memory: hours of evaluation may lie behind, and lm-eval writes their results only
+            # after this. The traceback is logged, and the results name the error.
+            logger.warning("The speed of generation could not be measured: %r", error, exc_info=True)
             return {"tokens_per_second": None, "error": repr(error)}
 
 
