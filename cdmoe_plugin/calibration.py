@@ -39,6 +39,12 @@ class TokenBatch:
         """The first tokens of the first sequences."""
         return TokenBatch(self.input_ids[:rows, :length], self.attention_mask[:rows, :length])
 
+    @classmethod
+    def random(cls, model: PreTrainedModel) -> TokenBatch:
+        """Draw two sequences of 16 tokens that a model knows, the same ones each time."""
+        ids = torch.randint(_vocabulary_size(model), (2, 16), generator=torch.Generator().manual_seed(0))
+        return cls(ids, torch.ones_like(ids))
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -159,9 +165,13 @@ def checkpoint_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTo
     )
 
 
-def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
+def _vocabulary_size(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
-    size = embeddings.weight.shape[0]
+    return embeddings.weight.shape[0]
+
+
+def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
+    size = _vocabulary_size(model)
     highest = max(int(batch.input_ids.max()) for batch in calibration.batches)
     if highest >= size:
         raise ValueError(

@@ -14,7 +14,7 @@ normal form, and all that the rest of the package uses.
 
 from .block import DensePiece, SparseBlock
 from .dispatch import Routing, hidden_of, patched_forward
-from .find import describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks
+from .find import describe_sparse_blocks, find_sparse_blocks, layers_path, model_shape, probe_blocks
 from .record import BlockRecord
 from .weights import GatedWeights, UnsupportedModelError, has_stacked_weights, shrink_experts
 
@@ -29,6 +29,7 @@ __all__ = [
     "find_sparse_blocks",
     "has_stacked_weights",
     "hidden_of",
+    "layers_path",
     "model_shape",
     "patched_forward",
     "probe_blocks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,11 @@ def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     if not found:
         raise UnsupportedModelError(why_none(model))
     return sorted((_describe_block(model, *each) for each in found), key=lambda block: block.layer)
+
+
+def layers_path(blocks: Sequence[SparseBlock]) -> str:
+    """The name of the list of decoder layers in the base model, such as "layers"."""
+    return blocks[0].path.rsplit(".", 2)[0]
 
 
 def model_shape(model: PreTrainedModel, blocks: list[SparseBlock]) -> ModelShape:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..blocks import SparseBlock, describe_sparse_blocks, find_sparse_blocks, model_shape, probe_blocks, shrink_experts
+from ..blocks import (
+    SparseBlock,
+    describe_sparse_blocks,
+    find_sparse_blocks,
+    layers_path,
+    model_shape,
+    probe_blocks,
+    shrink_experts,
+)
 from ..condense.apply import become_condensed, refuse_condensed, refuse_quantised
 from ..condense.forms import FORMS, Replacing
 from ..offload import unreachable
@@ -82,12 +90,12 @@ def _open(
     kept: dict[int, list[int]],
     counts: dict[int, int],
 ) -> PreTrainedModel:
-    layers_path = None
+    on_disk = None
     if "offload_folder" in model_kwargs and model_kwargs.get("device_map") is None:
-        layers_path = _layers_path(sketch)
-        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch, layers_path)}
+        on_disk = _layers_path(sketch)
+        model_kwargs = model_kwargs | {"device_map": layers_on_disk(sketch, on_disk)}
     layers: list[CheckpointLayers] = []
-    loader = _loader_class(type(sketch), kept, counts, layers_path, layers)
+    loader = _loader_class(type(sketch), kept, counts, on_disk, layers)
     opened: Any = loader.from_pretrained(path, output_loading_info=True, **model_kwargs)
     model, loading_info = opened
     check_whole(model, loading_info)
@@ -99,7 +107,7 @@ def _open(
 
 def _layers_path(sketch: PreTrainedModel) -> str:
     """Name of the list of decoder layers in the whole model, such as "model.layers"."""
-    in_base = find_sparse_blocks(sketch)[0].path.rsplit(".", 2)[0]
+    in_base = layers_path(find_sparse_blocks(sketch))
     layers = sketch.base_model.get_submodule(in_base)
     return next(name for name, module in sketch.named_modules() if module is layers)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...blocks import SparseBlock, UnsupportedModelError
+from ...blocks import SparseBlock, UnsupportedModelError, layers_path
 from ...calibration import TokenBatch
 from ...checks import is_out_of_memory
 from ...decoder.stream import LayerStream, State, decoder_of, searching
@@ -34,7 +34,7 @@ class TrimBlock(Form):
     def check(
         self, model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[int] | None, num_layers: int = 1
     ) -> None:
-        path = _layers_path(blocks)
+        path = layers_path(blocks)
         total = len(model.base_model.get_submodule(path))  # type: ignore[arg-type]
         if layers is not None or num_layers >= total:
             without_layers(model, path, range(total) if layers is None else layers)
@@ -64,11 +64,11 @@ class TrimBlock(Form):
         Before it returns, the model has computed, on a few tokens, what the whole model computes with these layers
         skipped.
         """
-        path = _layers_path(blocks)
+        path = layers_path(blocks)
         dropped = sorted(layer.layer for layer in plan.layers)
         remaining = without_layers(model, path, dropped)
         with searching(model):
-            batch = _some_tokens(model)
+            batch = TokenBatch.random(model)
             expected = _skipping(LayerStream(model, path, [batch]), dropped)
             with _unless_refused(model, path, remaining):
                 _check(
@@ -80,20 +80,9 @@ class TrimBlock(Form):
         vars(model)["condense_plan"] = plan
 
     def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
-        layers: Any = model.base_model.get_submodule(_layers_path(blocks))
+        layers: Any = model.base_model.get_submodule(layers_path(blocks))
         for layer in sorted(kept, reverse=True):
             del layers[layer]
-
-
-def _layers_path(blocks: Sequence[SparseBlock]) -> str:
-    """Name of the list of decoder layers in the base model, such as "layers"."""
-    return blocks[0].path.rsplit(".", 2)[0]
-
-
-def _some_tokens(model: PreTrainedModel) -> TokenBatch:
-    embeddings: Any = model.get_input_embeddings()
-    ids = torch.randint(embeddings.weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0))
-    return TokenBatch(ids, torch.ones_like(ids))
 
 
 def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
