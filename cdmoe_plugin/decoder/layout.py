@@ -1,4 +1,4 @@
-"""What a decoder does between its layers and after the last one, learnt from one real forward pass."""
+"""The layout of a decoder (what it does between its layers and after the last one), learnt from a real forward pass."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class HeadStep:
 
 
 @dataclass(frozen=True)
-class LayerForm:
-    """What decoder layers hand on, and what follows the last one.
+class DecoderLayout:
+    """The layout of a decoder: what its layers hand on, and what follows the last one.
 
     Args:
         output_class (`type`): What the decoder returns.
@@ -83,8 +83,8 @@ class LayerForm:
     cast: bool
 
 
-def learn_form(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[LayerForm, Tensor]:
-    """The form of a decoder, and the last hidden state of the forward pass that it was learnt from.
+def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[DecoderLayout, Tensor]:
+    """Learn the layout of a decoder, and return with it the last hidden state of the pass that it was learnt from.
 
     Args:
         base (`PreTrainedModel`): The decoder.
@@ -125,7 +125,7 @@ def learn_form(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[Laye
     carried = _handed_on(outputs, calls) if num_results else {}
     last = output.last_hidden_state
     streams, cast = inputs[0].ndim == 4, hidden.dtype != last.dtype
-    return LayerForm(type(output), num_results, carried, gathered, streams, head, cast), last
+    return DecoderLayout(type(output), num_results, carried, gathered, streams, head, cast), last
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..blocks import Routing, SparseBlock, UnsupportedModelError, patched_forward
-from .stream import LayerStream, State
+from .stream import LayerOutput, LayerStream
 from .tails import AffineTail, Finish, PlaybackTail, StreamsTail, Tail, added_to_streams, as_it_is, side_by_side
 
 
@@ -46,7 +46,7 @@ class LayerRecorder:
         self.stream = stream
         self.block = block
         self.is_last = block.layer == len(stream) - 1
-        self.finish: Finish = side_by_side if stream.form.streams else as_it_is
+        self.finish: Finish = side_by_side if stream.layout.streams else as_it_is
         if self.is_last:
             self.finish = stream.finish
         self.owner = stream.layers[block.layer]
@@ -54,7 +54,7 @@ class LayerRecorder:
         self.others = [child for child in self.owner.children() if id(child) not in own]
 
     @torch.no_grad()
-    def record(self, state: State, batch: int, token_weights: Tensor) -> tuple[LayerCall, State]:
+    def record(self, entering: LayerOutput, batch: int, token_weights: Tensor) -> tuple[LayerCall, LayerOutput]:
         """Runs the layer on its input for a batch; returns the parts and what it hands to the next layer."""
         before: dict[int, list[Any]] = {id(child): [] for child in self.others}
 
@@ -67,11 +67,11 @@ class LayerRecorder:
 
             for child in self.others:
                 stack.callback(child.register_forward_hook(on_other).remove)
-            output = self.stream.run_layer(self.block.layer, state, batch)
+            output = self.stream.run_layer(self.block.layer, entering, batch)
         self.stream.check_finite()
         valid = self.stream.valid(batch).to(output[0].device)
         target = record.total(valid)
-        playback = _Playback(self, state, batch, before)
+        playback = _Playback(self, entering, batch, before)
         call = LayerCall(
             inputs=record.inputs(valid),
             target=target[valid],
@@ -85,9 +85,11 @@ class LayerRecorder:
 class _Playback:
     """A decoder layer's forward with all that came before the block played back, in float32."""
 
-    def __init__(self, recorder: LayerRecorder, state: State, batch: int, before: dict[int, list[Any]]) -> None:
+    def __init__(
+        self, recorder: LayerRecorder, entering: LayerOutput, batch: int, before: dict[int, list[Any]]
+    ) -> None:
         self.recorder = recorder
-        self.state = tuple(map(_float, state))
+        self.entering = tuple(map(_float, entering))
         self.batch = batch
         self.before = {key: pytree.tree_map(_float, outputs) for key, outputs in before.items()}
 
@@ -99,7 +101,7 @@ class _Playback:
         """The layer's output `[B, S, ...]` for `y` `[B, S, H]`."""
         return self._run(y)[0]
 
-    def _run(self, y: Tensor) -> State:
+    def _run(self, y: Tensor) -> LayerOutput:
         """What the layer hands on for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
         recorder = self.recorder
         with ExitStack() as stack:
@@ -107,7 +109,7 @@ class _Playback:
                 outputs = iter(self.before[id(child)])
                 stack.enter_context(patched_forward(child, _play(outputs, _in_own_dtype(child))))
             stack.enter_context(recorder.block.playing(y))
-            return recorder.stream.call_layer(recorder.block.layer, self.state, self.batch)
+            return recorder.stream.call_layer(recorder.block.layer, self.entering, self.batch)
 
     def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
         """What the layer makes of its block's output, on valid tokens; most add it to what they have."""
@@ -118,7 +120,7 @@ class _Playback:
                 f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) does more with its "
                 "block than can be played back."
             )
-        if self.recorder.is_last and self.recorder.stream.form.gathered is not None:
+        if self.recorder.is_last and self.recorder.stream.layout.gathered is not None:
             return PlaybackTail(self.compared, valid)  # what follows needs more than the layer's output
         offset = self(torch.zeros_like(target))
         # A random stand-in as large as the rest of the sum tells a norm behind the block from a plain addition.

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel
+from transformers.utils import logging
 
 from ..blocks import UnsupportedModelError, patched_forward
 from ..calibration import TokenBatch
+from ..checks import is_out_of_memory
 from ..offload import in_memory, in_memory_copy, is_offloaded
-from .layout import HeadStep, learn_form, split_hidden
+from .layout import HeadStep, learn_layout, split_hidden
+
+logger = logging.get_logger(__name__)
 
 # Tokens that several inputs of a layer may have as one batch: enough that reading its weights does not count any more.
 _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
@@ -27,7 +31,7 @@ _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 # What one decoder layer hands to the next: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and
 # in a few architectures more: the token choice of a sparse attention that several layers share, or (last) what was
 # gathered of the inputs of layers so far.
-State = tuple[Any, ...]
+LayerOutput = tuple[Any, ...]
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -59,67 +63,69 @@ class LayerStream:
         self.layers: Any = model.base_model.get_submodule(layers_path)
         self.batches = list(batches)
         self._wide: list[HeadStep] | None = None
-        self._joinable = True
+        self._together = max(_TOGETHER_TOKENS.values())  # 0 where some layer can have only one input at a time
         self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
         self._places: dict[tuple[int, torch.device], Tensor] = {}
         few = self.batches[0].truncate(rows=2, length=16)
-        self.form, expected = learn_form(self.base, self.layers, lambda: self._forward(few))
+        self.layout, expected = learn_layout(self.base, self.layers, lambda: self._forward(few))
         self._verify(few, expected)
         captured = [self._capture(batch) for batch in self.batches]
         self._calls = [calls for calls, _ in captured]
-        self.embeddings = [state for _, state in captured]
+        self.embeddings = [entering for _, entering in captured]
 
     def __len__(self) -> int:
         return len(self.layers)
 
     @property
-    def state_bytes(self) -> int:
+    def output_bytes(self) -> int:
         """Bytes that one layer hands to the next for a batch, on average, with all that is gathered."""
-        parts = 1 if self.form.gathered is None else 1 + len(self.form.gathered.layers)
-        return parts * sum(s[0].numel() * s[0].element_size() for s in self.embeddings) // len(self.embeddings)
+        parts = 1 if self.layout.gathered is None else 1 + len(self.layout.gathered.layers)
+        return parts * sum(hidden.nbytes for hidden, *_ in self.embeddings) // len(self.embeddings)
 
     @torch.no_grad()
-    def run_layer(self, layer: int, state: State, batch: int) -> State:
+    def run_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
         """What one decoder layer makes of its input, for one of the batches; see `check_finite`."""
-        output = self.call_layer(layer, state, batch)
+        output = self.call_layer(layer, entering, batch)
         self._finite.append((layer, torch.isfinite(output[0]).all()))
         return output
 
-    def run_together(self, layer: int, states: Sequence[State], batch: int) -> list[State]:
+    def run_together(self, layer: int, inputs: Sequence[LayerOutput], batch: int) -> list[LayerOutput]:
         """`run_layer` on several inputs for one batch, as one larger batch where the layers allow that.
 
         A layer's weights are then read once for all of them, which counts where there are few tokens.
         """
-        rows, length = states[0][0].shape[:2]
-        limit = _TOGETHER_TOKENS.get(states[0][0].device.type, _TOGETHER_TOKENS["cpu"])
-        most = max(1, limit // (rows * length)) if self._joinable else 1
-        outputs: list[State] = []
-        for start in range(0, len(states), most):
-            some = states[start : start + most]
+        hidden = inputs[0][0]
+        most = _TOGETHER_TOKENS.get(hidden.device.type, _TOGETHER_TOKENS["cpu"])
+        outputs: list[LayerOutput] = []
+        while len(outputs) < len(inputs):
+            number = max(1, min(self._together, most) // hidden.shape[:2].numel())
+            some = inputs[len(outputs) : len(outputs) + number]
             joined = self._run_joined(layer, some, *self._calls[batch][layer]) if len(some) > 1 else None
             if joined is None:
-                outputs += [self.run_layer(layer, state, batch) for state in some]
+                outputs += [self.run_layer(layer, entering, batch) for entering in some]
             else:
-                self._finite += [(layer, torch.isfinite(state[0]).all()) for state in joined]
+                self._finite += [(layer, torch.isfinite(output[0]).all()) for output in joined]
                 outputs += joined
         return outputs
 
     @torch.no_grad()
     def _run_joined(
-        self, layer: int, states: Sequence[State], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[State] | None:
-        """A layer on several inputs as one batch; None if it has arguments that do not go with such a batch."""
-        number, rows = len(states), states[0][0].shape[0]
-        joined = tuple(
-            torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*states, strict=True)
-        )
-        args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
+        self, layer: int, inputs: Sequence[LayerOutput], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[LayerOutput] | None:
+        """A layer on several inputs as one batch; None if its arguments or the memory do not allow such a batch."""
+        number, rows = len(inputs), inputs[0][0].shape[0]
         try:
+            joined = tuple(
+                torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*inputs, strict=True)
+            )
+            args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
             output = self._run(layer, joined, args, kwargs)
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            self._joinable = False
+        except (IndexError, MemoryError, RuntimeError, ValueError) as error:  # shapes that do not match, or memory
+            self._together = number * inputs[0][0].shape[:2].numel() // 2 if is_out_of_memory(error) else 0
+            fewer = "fewer" if self._together else "one"
+            logger.warning_once(f"Decoder layer {layer} can't run {number} inputs at once; {fewer} will be: {error!r}")
             return None
         parts = [part.chunk(number) if isinstance(part, Tensor) else (part,) * number for part in output]
         return list(zip(*parts, strict=True))
@@ -141,9 +147,9 @@ class LayerStream:
         return in_memory(self.layers[layer]) if self._offloaded[layer] else nullcontext()
 
     @torch.no_grad()
-    def call_layer(self, layer: int, state: State, batch: int) -> State:
+    def call_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
         """As `run_layer`, for what need not be finite."""
-        return self._run(layer, state, *self._calls[batch][layer])
+        return self._run(layer, entering, *self._calls[batch][layer])
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
@@ -156,25 +162,25 @@ class LayerStream:
             self._skipped = before
 
     @torch.no_grad()
-    def finish(self, state: State) -> Tensor:
+    def finish(self, output: LayerOutput) -> Tensor:
         """The model's last hidden state (after the final norm) `[..., H]` for what the last decoder layer hands on.
 
         The layer's output is `[..., H]`, or `[..., n, H]` where there are several residual streams: the model's own
         modules behind the last layer make one of them. Float32 is kept float32, also where the model computes in half
-        precision. Where inputs of layers are gathered, they must be in the state; elsewhere the output is enough.
+        precision. Where inputs of layers are gathered, they must be in `output`; else its hidden states are enough.
         """
-        hidden, leading = state[0], state[0].shape[:-2]
-        if self.form.streams:  # modules that collapse streams count dimensions from the front
+        hidden, leading = output[0], output[0].shape[:-2]
+        if self.layout.streams:  # modules that collapse streams count dimensions from the front
             hidden = hidden.reshape(1, -1, *hidden.shape[-2:])
-        for step in self.form.head if hidden.dtype == self.model.dtype else self._wide_head():
-            hidden = step(hidden, state[-1])
-        if self.form.cast:
-            hidden = hidden.to(state[0].dtype)
-        return hidden.reshape(*leading, -1) if self.form.streams else hidden
+        for step in self.layout.head if hidden.dtype == self.model.dtype else self._wide_head():
+            hidden = step(hidden, output[-1])
+        if self.layout.cast:
+            hidden = hidden.to(output[0].dtype)
+        return hidden.reshape(*leading, -1) if self.layout.streams else hidden
 
     def _wide_head(self) -> list[HeadStep]:
         if self._wide is None:
-            self._wide = [replace(step, module=in_memory_copy(step.module).float()) for step in self.form.head]
+            self._wide = [replace(step, module=in_memory_copy(step.module).float()) for step in self.layout.head]
         return self._wide
 
     @torch.no_grad()
@@ -188,7 +194,7 @@ class LayerStream:
         ids, mask = self._inputs(self.batches[batch])
 
         def stand_in(*_args: Any, **_kwargs: Any) -> Any:
-            return self.form.output_class(last_hidden_state=last_hidden)
+            return self.layout.output_class(last_hidden_state=last_hidden)
 
         with patched_forward(self.base, stand_in):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -217,20 +223,20 @@ class LayerStream:
             self._places[batch, values.device] = places
         return values.flatten(0, 1).index_select(0, places)
 
-    def _run(self, layer: int, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
+    def _run(self, layer: int, entering: LayerOutput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerOutput:
         if layer in self._skipped:
-            return state
-        gathered = self.form.gathered
+            return entering
+        gathered = self.layout.gathered
         if gathered is not None:
-            state, stack = state[:-1], state[-1]
+            entering, stack = entering[:-1], entering[-1]
             args, kwargs = gathered.put(stack, args, kwargs)
-        if len(state) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
-            kwargs = kwargs | {name: state[index] for name, index in self.form.carried.items()}
+        if len(entering) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
+            kwargs = kwargs | {name: entering[index] for name, index in self.layout.carried.items()}
         # Once for the layer, and not by what each module in it has: Dbrx's experts read the weights of another one.
         with self.in_memory(layer):
-            output = self.layers[layer](state[0], *args, **kwargs)
+            output = self.layers[layer](entering[0], *args, **kwargs)
         results = output if isinstance(output, tuple) else (output,)
-        return results if gathered is None else (*results, gathered.after(layer, stack, state[0]))
+        return results if gathered is None else (*results, gathered.after(layer, stack, entering[0]))
 
     def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         device = self.base.get_input_embeddings().weight.device
@@ -243,11 +249,11 @@ class LayerStream:
         with torch.no_grad():
             return self.base(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    def _capture(self, batch: TokenBatch) -> tuple[list[Any], State]:
+    def _capture(self, batch: TokenBatch) -> tuple[list[Any], LayerOutput]:
         """Arguments that the model gives each layer, and the input of the first, without computing any layer."""
         calls: list[Any] = [None] * len(self.layers)
-        first: list[State] = []
-        num_results, gathered = self.form.num_results, self.form.gathered
+        first: list[LayerOutput] = []
+        num_results, gathered = self.layout.num_results, self.layout.gathered
 
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -268,14 +274,15 @@ class LayerStream:
         return calls, first[0]
 
     def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
-        calls, state = self._capture(batch)
+        calls, output = self._capture(batch)
         stores = [(n, v, len(v)) for _, kw in calls for n, v in kw.items() if isinstance(v, MutableMapping)]
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 with self.in_memory(layer):
-                    before, state = state, self._run(layer, state, *call)
-                    self._joinable = self._joinable and self._joins(layer, before, state, call)
-                self._finite.append((layer, torch.isfinite(state[0]).all()))
+                    entering, output = output, self._run(layer, output, *call)
+                    if self._together and not self._joins(layer, entering, output, call):
+                        self._together = 0
+                self._finite.append((layer, torch.isfinite(output[0]).all()))
         self.check_finite()
         filled = [name for name, store, size in stores if len(store) != size]
         shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)
@@ -285,7 +292,7 @@ class LayerStream:
                 f"model type {self.model.config.model_type!r} can't be searched layer by layer: some of its layers "
                 f"read what others leave in `{filled[0]}`. A plan can be applied."
             )
-        again = self.finish(state)
+        again = self.finish(output)
         if not bool(torch.isfinite(again).all()):
             raise ValueError(_not_finite("The output of the final norm"))
         scale = float(expected.abs().max())
@@ -295,10 +302,10 @@ class LayerStream:
                 "pass on more than hidden states, or more than a chain of modules follows the last one."
             )
 
-    def _joins(self, layer: int, state: State, output: State, call: tuple[Any, Any]) -> bool:
+    def _joins(self, layer: int, entering: LayerOutput, output: LayerOutput, call: tuple[Any, Any]) -> bool:
         """Whether a layer gives, for an input and a smaller one as one batch, what it gives for each."""
-        small = (state[0] / 2, *state[1:])
-        joined = self._run_joined(layer, [state, small], *call)
+        small = (entering[0] / 2, *entering[1:])
+        joined = self._run_joined(layer, [entering, small], *call)
         largest = float(output[0].abs().max())
         if joined is None or not math.isfinite(largest):
             return False

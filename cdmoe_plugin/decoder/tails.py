@@ -7,26 +7,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .stream import State
+from .stream import LayerOutput
 
 
-def as_it_is(state: State) -> Tensor:
+def as_it_is(output: LayerOutput) -> Tensor:
     """What is compared of a decoder layer that is not the last: its output."""
-    return state[0]
+    return output[0]
 
 
-def side_by_side(state: State) -> Tensor:
+def side_by_side(output: LayerOutput) -> Tensor:
     """The same for several residual streams `[..., n, H]`: one vector `[..., n * H]`.
 
     The next layer reads all streams, by weights that it computes from them. What the model itself does to make one of
     them is learnt for what the last layer gives (or is their mean, in which differences may cancel out), so that it
     says little of what layers before hand on. Streams that are all alike are compared as one would be.
     """
-    return state[0].flatten(-2)
+    return output[0].flatten(-2)
 
 
 # From what a decoder layer hands on to what is compared; for the last one, what follows it (as in the published code).
-Finish = Callable[[State], Tensor]
+Finish = Callable[[LayerOutput], Tensor]
 
 
 def added_to_streams(slopes: Tensor, y: Tensor, like: Tensor) -> Tensor:

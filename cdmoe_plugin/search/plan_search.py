@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import SparseBlock, model_shape
+from ..blocks import SparseBlock, layers_path, model_shape
 from ..calibration import Calibration
 from ..condense.forms import FORMS
 from ..config import CondenseConfig
 from ..decoder.record import LayerRecorder
-from ..decoder.stream import LayerStream, State
+from ..decoder.stream import LayerOutput, LayerStream
 from ..plan import CondensedLayer, CondensePlan
 from ..registry import lookup
 from .budget import LayerBudget
@@ -66,9 +66,8 @@ class PlanSearch:
         belongs = fingerprint(model, config, calibration.fingerprint) if state_dir else {}
         sizes = {layer: block.num_experts for layer, block in self.blocks.items()}
         self.state = SearchState(state_dir, belongs, sizes, processes)
-        layers_path = blocks[0].path.rsplit(".", 2)[0]
         batches = processes.mine(calibration.batches)
-        self.stream = LayerStream(model, layers_path, batches)
+        self.stream = LayerStream(model, layers_path(blocks), batches)
         self.budget = LayerBudget.of(config, blocks)
         compared = config.layers is None or self.budget is not None
         if compared and needs_head(config.metric, config.compare):
@@ -87,24 +86,24 @@ class PlanSearch:
         if not self.form.keeps_experts:
             return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
         found = {}
-        states = list(self.stream.embeddings)
+        inputs = list(self.stream.embeddings)
         for layer in logging.tqdm(range(max(self.blocks) + 1), desc="Expert search", unit="layer"):
             name = f"experts {layer}"
             if name in self.state:
                 found[layer] = _order_from_dict(self.state[name])
             with self.stream.in_memory(layer):
                 if layer not in self.blocks or name in self.state:
-                    states = [self.stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+                    inputs = [self.stream.run_layer(layer, entering, i) for i, entering in enumerate(inputs)]
                     self.stream.check_finite()
                     continue
-                found[layer], states = self._experts_of(layer, states)
+                found[layer], inputs = self._experts_of(layer, inputs)
             order, gates = found[layer]
             self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
             logger.info(f"Decoder layer {layer}: experts {order.experts}, divergence {order.scores[-1]:.3e}.")
         return found
 
-    def _experts_of(self, layer: int, states: list[State]) -> tuple[ChosenExperts, list[State]]:
-        data, outputs = self._observe(layer, states)
+    def _experts_of(self, layer: int, inputs: list[LayerOutput]) -> tuple[ChosenExperts, list[LayerOutput]]:
+        data, outputs = self._observe(layer, inputs)
         number = self._number(data)
         select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
         order = select(data, number)
@@ -161,12 +160,12 @@ class PlanSearch:
             name=name,
         )
 
-    def _observe(self, layer: int, states: list[State]) -> tuple[SparseLayerData, list[State]]:
+    def _observe(self, layer: int, inputs: list[LayerOutput]) -> tuple[SparseLayerData, list[LayerOutput]]:
         block = self.blocks[layer]
         recorder = LayerRecorder(self.stream, block)
         calls, outputs = [], []
-        for batch, state in enumerate(states):
-            call, output = recorder.record(state, batch, self.token_weights[batch])
+        for batch, entering in enumerate(inputs):
+            call, output = recorder.record(entering, batch, self.token_weights[batch])
             calls.append(call)
             outputs.append(output)
         data = SparseLayerData(

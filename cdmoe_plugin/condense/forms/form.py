@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...blocks import SparseBlock
-from ...decoder.stream import LayerStream, State
+from ...decoder.stream import LayerOutput, LayerStream
 from ...model.layers_cdmoe import CondensedMLP, Trimmed
 from ...plan import CondensedLayer, CondensePlan
 from ..apply import become_condensed, layer_spec
@@ -50,13 +50,13 @@ class Form(ABC):
         """Give one layer of a running model this form, for a while."""
 
     @abstractmethod
-    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
+    def entering(self, stream: LayerStream, block: SparseBlock, inputs: LayerOutput, batch: int) -> Tensor:
         """Compute the hidden states `[B, S, H]` that enter the part of a layer which this form replaces.
 
         Args:
             stream (`LayerStream`): The unmodified model.
             block (`SparseBlock`): The layer's sparse block.
-            state (`State`): The layer's input.
+            inputs (`LayerOutput`): The layer's input.
             batch (`int`): Index of the batch that the input belongs to.
         """
 
@@ -108,10 +108,10 @@ class Replacing(Form):
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
         return standing_in(stream.model, block, self.module(block, kept))
 
-    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
+    def entering(self, stream: LayerStream, block: SparseBlock, inputs: LayerOutput, batch: int) -> Tensor:
         # A layer without its MLP returns what would have entered it: no architecture's norms need to be known.
         with standing_in(stream.model, block, Trimmed()):
-            return stream.run_layer(block.layer, state, batch)[0]
+            return stream.run_layer(block.layer, inputs, batch)[0]
 
     def apply(
         self,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...blocks import SparseBlock, UnsupportedModelError, layers_path
 from ...calibration import TokenBatch
 from ...checks import is_out_of_memory
-from ...decoder.stream import LayerStream, State, decoder_of, searching
+from ...decoder.stream import LayerOutput, LayerStream, decoder_of, searching
 from ...model.layers_cdmoe import CondensedMLP
 from ...model.modeling_cdmoe import silence_router_loss
 from ...plan import CondensedLayer, CondensePlan
@@ -49,8 +49,8 @@ class TrimBlock(Form):
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
         return stream.skipping([block.layer])
 
-    def entering(self, stream: LayerStream, block: SparseBlock, state: State, batch: int) -> Tensor:
-        return state[0]
+    def entering(self, stream: LayerStream, block: SparseBlock, inputs: LayerOutput, batch: int) -> Tensor:
+        return inputs[0]
 
     def apply(
         self,

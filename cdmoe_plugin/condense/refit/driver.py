@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ...blocks import SparseBlock
+from ...blocks import SparseBlock, layers_path
 from ...calibration import Calibration
 from ...config import CondenseConfig
-from ...decoder.stream import LayerStream, State, searching
+from ...decoder.stream import LayerOutput, LayerStream, searching
 from ...model.layers_cdmoe import CondensedMLP
 from ...offload import offload_like
 from ...plan import CondensedLayer
@@ -82,7 +82,7 @@ def refit_layers(
     mlps: dict[int, CondensedMLP] = {}
     fits: dict[int, RefitLayer] = {}
     with searching(model), torch.no_grad():
-        stream = LayerStream(model, blocks[0].path.rsplit(".", 2)[0], calibration.batches)
+        stream = LayerStream(model, layers_path(blocks), calibration.batches)
         condensed = original = list(stream.embeddings)
         for layer in logging.tqdm(range(max(chosen) + 1), desc="Refit", unit="layer"):
             with stream.in_memory(layer):
@@ -111,7 +111,7 @@ def refit_layers(
     return mlps, fits
 
 
-def _run(stream: LayerStream, layer: int, states: list[State]) -> list[State]:
+def _run(stream: LayerStream, layer: int, states: list[LayerOutput]) -> list[LayerOutput]:
     outputs = [stream.run_layer(layer, state, i) for i, state in enumerate(states)]
     stream.check_finite()
     return outputs

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...blocks import SparseBlock
 from ...decoder.record import LayerRecorder
-from ...decoder.stream import LayerStream, State
+from ...decoder.stream import LayerOutput, LayerStream
 from ...decoder.tails import PlaybackTail
 
 # Every so many sequences, one is held out to choose on.
@@ -53,7 +53,7 @@ class LayerExamples:
     Args:
         stream (`LayerStream`): The model, condensed below this layer.
         block (`SparseBlock`): The layer's sparse block.
-        states (`list[State]`): The layer's input in the condensed model, per batch.
+        states (`list[LayerOutput]`): The layer's input in the condensed model, per batch.
         goals (`list[Tensor] | None`): The layer's output in the unmodified model, `[B, S, H]` per batch: the target is
             then what takes the condensed model's hidden states there (of several residual streams `[B, S, n, H]`, as
             near as it can), errors of the layers below included. With None, and in layers that do more with their
@@ -65,7 +65,7 @@ class LayerExamples:
         self,
         stream: LayerStream,
         block: SparseBlock,
-        states: list[State],
+        states: list[LayerOutput],
         goals: list[Tensor] | None,
         cache_bytes: int,
     ) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging
 
-from ...decoder.stream import State
+from ...decoder.stream import LayerOutput
 from ..order import ascending, least
 from .variants import LayerSearchData, ModelVariants
 
@@ -95,7 +95,7 @@ def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     return LayerOrder(order, [], similarities=similarities)
 
 
-def _similarity(data: LayerSearchData, layer: int, states: list[State], outputs: list[State]) -> float:
+def _similarity(data: LayerSearchData, layer: int, states: list[LayerOutput], outputs: list[LayerOutput]) -> float:
     parts = []
     for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
         leaving = output[0].flatten(2)  # a few architectures have several residual streams

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...decoder.stream import LayerStream, State
+from ...decoder.stream import LayerOutput, LayerStream
 from ..processes import Processes
 from .outputs import OutputComparison
 
@@ -47,7 +47,7 @@ class LayerSearchData:
     own_divergences: dict[int, float]
     cache_bytes: int
     token_weights: list[Tensor]
-    entering: Callable[[int, State, int], Tensor]
+    entering: Callable[[int, LayerOutput, int], Tensor]
     processes: Processes = field(default_factory=Processes)
     known: MutableMapping[str, float] = field(default_factory=dict)
     name: str = "layers"
@@ -106,7 +106,7 @@ class ModelVariants:
     def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
         """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
         stream = self.data.stream
-        together = max(1, self.data.cache_bytes // (max(stream.state_bytes, 1) * (len(variants) + 1)))
+        together = max(1, self.data.cache_bytes // (max(stream.output_bytes, 1) * (len(variants) + 1)))
         for start in range(0, len(stream.batches), together):
             batches = range(len(stream.batches))[start : start + together]
             states = self._run(variants, batches, tick)
@@ -116,16 +116,16 @@ class ModelVariants:
 
     def _run(
         self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
-    ) -> dict[Condensed, dict[int, State]]:
+    ) -> dict[Condensed, dict[int, LayerOutput]]:
         """The last layer's output of every variant, by batch."""
         stream = self.data.stream
         # By what is condensed so far: all variants begin as one.
-        states: dict[Condensed, dict[int, State]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
+        states: dict[Condensed, dict[int, LayerOutput]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
         for layer in range(len(stream)):
             wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
             condensed = sorted((done for done in wanted if layer in done), key=sorted)
             sparse = sorted(wanted.difference(condensed), key=sorted)
-            after: list[dict[int, State]] = []
+            after: list[dict[int, LayerOutput]] = []
             with stream.in_memory(layer):
                 if condensed:
                     with self.data.condense(layer):
@@ -139,8 +139,8 @@ class ModelVariants:
 
 
 def _ran(
-    stream: LayerStream, layer: int, inputs: Sequence[dict[int, State]], in_place: bool = False
-) -> list[dict[int, State]]:
+    stream: LayerStream, layer: int, inputs: Sequence[dict[int, LayerOutput]], in_place: bool = False
+) -> list[dict[int, LayerOutput]]:
     """A layer's outputs for several variants' inputs by batch; in place of these, where they are not needed again."""
     outputs = inputs if in_place else [dict(states) for states in inputs]
     for batch in inputs[0] if inputs else ():
