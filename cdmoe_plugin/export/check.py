@@ -17,7 +17,7 @@ from ..plan import CondensePlan
 from ..search.budget import experts_per_layer
 from ..search.check import check_request
 from .stock import refuse_gates
-from .stock_config import stock_form
+from .stock_config import stock_model_of
 
 
 def check_export(
@@ -52,11 +52,11 @@ def check_export(
         refuse_gates([b.layer for b in among if b.shared_gate is not None], sketch.config.model_type)
     opening = {**hub, "config": sketch.config}
     if layers is not None:
-        stock_form(_condensed_sketch(model_name_or_path, opening, request, layers))
+        stock_model_of(_condensed_sketch(model_name_or_path, opening, request, layers))
         return
     for layer in dict.fromkeys((blocks[0].layer, blocks[len(blocks) // 2].layer, blocks[-1].layer)):
         try:
-            stock_form(_condensed_sketch(model_name_or_path, opening, request, [layer]))
+            stock_model_of(_condensed_sketch(model_name_or_path, opening, request, [layer]))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"{error} A search may choose such layers: where the config can say others, name these in `layers`."

@@ -29,7 +29,7 @@ from ..model.lookup import condensed_layers
 from ..model.modeling_cdmoe import CondensedModelMixin
 from ..model.saving import MODELING_FILE
 from ..offload import is_offloaded
-from .stock_config import StockForm, stock_form
+from .stock_config import StockModel, stock_model_of
 
 logger = logging.get_logger(__name__)
 
@@ -86,18 +86,18 @@ def export_stock(
         written = StockExport(model.config.model_type, parameters=count, parameters_before=count)
         _write(model, model, written, folder, max_shard_size)
         return written
-    form = stock_form(model)
+    described = stock_model_of(model)
     mlps = condensed_layers(model).items()
     gated = {layer: mlp.shared_expert_gate for layer, mlp in mlps if mlp.shared_expert_gate is not None}
     if not approximate:
-        refuse_gates(sorted(gated), form.config.model_type)
+        refuse_gates(sorted(gated), described.config.model_type)
     gates: dict[int, float] = {}
     divergence = None
     with searching(model):
         data = calibration_for(model, calibration, config or CondenseConfig(), tokenizer) if gated else None
         if data is not None:
             gates = _mean_gates(model, gated, data)
-        stock = _stock_model(model, form, gates)
+        stock = _build(model, described, gates)
         with _constant_gates(gated, gates):
             _check_same(model, stock)
         if data is not None:
@@ -107,11 +107,11 @@ def export_stock(
                 f"mean JS divergence to the condensed model is {divergence:.3e} over {data.num_tokens} calibration "
                 "tokens."
             )
-    _warn_of_other_readers(form)
+    _warn_of_other_readers(described)
     written = StockExport(
-        form.config.model_type,
-        form.fields,
-        form.width,
+        described.config.model_type,
+        described.fields,
+        described.width,
         stock.num_parameters(),
         model.num_parameters(),
         gates,
@@ -173,12 +173,12 @@ def _check_request(model: PreTrainedModel, folder: str | os.PathLike) -> None:
             raise ValueError(f"`folder` {folder} has a {name}: it holds a condensed checkpoint. Choose another folder.")
 
 
-def _warn_of_other_readers(form: StockForm) -> None:
-    if hasattr(form.config, "first_k_dense_replace") and "first_k_dense_replace" not in form.fields:
+def _warn_of_other_readers(described: StockModel) -> None:
+    if hasattr(described.config, "first_k_dense_replace") and "first_k_dense_replace" not in described.fields:
         logger.warning(
-            f"`mlp_layer_types` of the exported config names the dense layers {sorted(form.places)}, which its "
-            f"`first_k_dense_replace` ({form.config.first_k_dense_replace}) can't. Whatever reads only the latter will "
-            "misread this checkpoint."
+            f"`mlp_layer_types` of the exported config names the dense layers {sorted(described.places)}, which its "
+            f"`first_k_dense_replace` ({described.config.first_k_dense_replace}) can't. Whatever reads only the latter "
+            "will misread this checkpoint."
         )
 
 
@@ -214,14 +214,14 @@ def _outputs(model: nn.Module, batch: TokenBatch) -> Tensor:
     return model(**inputs, use_cache=False)[0][inputs["attention_mask"].bool()]
 
 
-def _stock_model(model: PreTrainedModel, form: StockForm, gates: Mapping[int, float]) -> PreTrainedModel:
+def _build(model: PreTrainedModel, described: StockModel, gates: Mapping[int, float]) -> PreTrainedModel:
     """The base architecture's model: its dense MLPs are new, all else is shared with the condensed model."""
-    config = copy.deepcopy(form.config)
+    config = copy.deepcopy(described.config)
     config._attn_implementation = model.config._attn_implementation
     # Some modules draw random numbers as they are made, and the caller's must stay as they were.
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
         stock = type(model)._base_class(config)  # type: ignore[attr-defined]
-    for layer, (source_name, target_name) in form.places.items():
+    for layer, (source_name, target_name) in described.places.items():
         source = model.base_model.get_submodule(source_name)
         like = next(source.parameters(), next(model.parameters()))
         parent_name, _, name = target_name.rpartition(".")
@@ -230,7 +230,7 @@ def _stock_model(model: PreTrainedModel, form: StockForm, gates: Mapping[int, fl
         _fill(target, source, gates.get(layer))
         setattr(parent, name, target)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    inside = tuple(f"{prefix}{target}." for _, target in form.places.values())
+    inside = tuple(f"{prefix}{target}." for _, target in described.places.values())
     names = {name for name in stock.state_dict() if not name.startswith(inside)}
     stock.load_state_dict({n: t for n, t in model.state_dict().items() if n in names}, strict=False, assign=True)
     stock.tie_weights()
@@ -277,9 +277,7 @@ def _constant_gates(gated: Mapping[int, nn.Linear], gates: Mapping[int, float]) 
 
 def _check_same(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     """Checks the last hidden states of both on a few tokens: that classes and shapes agree says little of functions."""
-    embeddings: Any = model.get_input_embeddings()
-    ids = torch.randint(embeddings.weight.shape[0], (2, 16), generator=torch.Generator().manual_seed(0))
-    batch = TokenBatch(ids, torch.ones_like(ids))
+    batch = TokenBatch.random(model)
     expected, found = (_outputs(each.base_model, batch).double() for each in (model, stock))
     error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
     if not error <= _TOLERANCE.get(model.dtype, _HALF_TOLERANCE):

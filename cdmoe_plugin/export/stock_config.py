@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
+from ..checks import is_out_of_memory
 from ..model.layers_cdmoe import CondensedMLP, Trimmed
 from .dense_markers import MARKERS, Marker
 
@@ -26,14 +28,16 @@ _WIDTH_FIELDS = (
     "shared_intermediate_size",
     "intermediate_size",
 )
+# How configs, and the models that are built from them, refuse fields that they do not understand.
+_REFUSALS = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 # What a condensed config adds, or says of itself.
 _CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
 _ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
 
 
 @dataclass(frozen=True)
-class StockForm:
-    """What a condensed model is in its base architecture.
+class StockModel:
+    """The description of a condensed model in its base architecture.
 
     Args:
         config (`PreTrainedConfig`): The base architecture's own config.
@@ -53,7 +57,7 @@ class _Mismatch(Exception):
     """Why a config does not build what is needed."""
 
 
-def stock_form(model: Any) -> StockForm:
+def stock_model_of(model: Any) -> StockModel:
     """Finds the config of the base architecture that builds a condensed model with plain dense layers.
 
     Nothing is computed, and no weight is read.
@@ -86,7 +90,7 @@ def stock_form(model: Any) -> StockForm:
                 stock = _sketch(model, fields)
                 places = _compare(model, stock, specs, sources, width)
                 changed = {name: v for name, v in fields.items() if getattr(config, name) != v}
-                return StockForm(stock.config, changed, width, places)
+                return StockModel(stock.config, changed, width, places)
             except _Mismatch as error:
                 reasons.append(f"with {named} changed, {error}")
     if not reasons:
@@ -111,7 +115,9 @@ def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return base_class(base_class.config_class.from_dict(json.loads(json.dumps(values))))
-    except Exception as error:  # configs and models refuse what they do not understand in many ways
+    except _REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         raise _Mismatch(f"it is refused: {error}") from error
 
 
