@@ -8,22 +8,15 @@ from typing import Literal
 
 Unit = Literal["experts", "parameters", "bytes"]
 
-
 _PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s*([KMB]?)\s*param(?:eter)?s", re.IGNORECASE)
-
-
 # A capital B: a small one would be bits.
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B")
-
-
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-
-
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_budget(value: object) -> tuple[int, Unit]:
-    """An `expert_budget` as an amount and its unit: 54, "300M params" (K, M or B), "2GB" or "500MiB".
+    """Read an `expert_budget` as an amount and its unit: 54, "300M params" (K, M or B), "2GB" or "500MiB".
 
     Raises:
         ValueError: naming the field, if it is none of these.
@@ -41,3 +34,8 @@ def read_budget(value: object) -> tuple[int, Unit]:
         "`expert_budget` should be a number of experts, or text such as '300M params', '2GB' or '500MiB', but is "
         f"{value!r}."
     )
+
+
+def format_bytes(count: int) -> str:
+    """Format a number of bytes in GiB, or in MiB below one GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -28,6 +28,7 @@ from ..cards.tables import format_table
 from ..loading.load import hub_kwargs
 from ..model.registration import is_ours
 from ..plan import CondensePlan
+from ..sizes import format_bytes
 from .lm_eval_arguments import check_with_plan, explain_unexpected, pop_quantisation, read_plan
 from .measure import generation_speed, peak_memory, reset_peak_memory, weight_bytes
 
@@ -218,15 +219,11 @@ def _table(info: dict[str, Any]) -> str:
     header = ["parameters", "weights", "peak memory", "tokens/s"]
     row = (
         f"{info['model_num_parameters']:,}",
-        _size(info["model_weight_bytes"]),
-        "unknown" if peak is None else f"{_size(peak)} ({info['peak_memory_of']})",
+        format_bytes(info["model_weight_bytes"]),
+        "unknown" if peak is None else f"{format_bytes(peak)} ({info['peak_memory_of']})",
         "not measured" if speed is None else f"{speed:,.1f}",
     )
     return format_table(header, [row])
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 register()  # for `simple_evaluate(model="cdmoe")` where Python's start did not install the bridge
