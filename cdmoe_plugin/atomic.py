@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,20 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
 # Where a folder is written before it gets its place, see `replacing_files`; the group is the name that it will have.
 STAGING = re.compile(r"\.(.+)\.saving-\d+")
 NO_NAME = re.compile(r"(?!)")  # matches nothing
-# Of the card that transformers makes for models that have none.
-_GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
 @contextmanager
-def replacing_files(target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target`, in one step, when the block ends without an error.
+def replacing_files(
+    target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME, keep: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target`, in one step, when the block ends without an error.
 
     Until then `target` stays as it was. Its other files are in the new folder too (by hard links), except those whose
-    names match `stale`: shards of an older save must not stay. A process that is killed leaves the old content or the
+    names match `stale`: shards of an older save must not stay. Of files that are in both, those of `target` for which
+    `keep` is true stay, and are not replaced. A process that is killed leaves the old content or the
     new one, and at worst a folder ".<name>.saving-<digits>" beside it or in it, which the next save removes.
 
     Some folders can't be replaced: mount points, the working directory and those above it, those whose parent folder
@@ -56,9 +56,10 @@ def replacing_files(target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME)
     staging, lock = _new_staging(target)
     try:
         yield staging
-        if is_someones_card(target / "README.md"):
-            (staging / "README.md").unlink(missing_ok=True)
-        written = [path.relative_to(staging) for path in staging.rglob("*") if not path.is_dir()]
+        new = [path.relative_to(staging) for path in staging.rglob("*") if not path.is_dir()]
+        written = [name for name in new if not keep(target / name)]
+        for name in set(new) - set(written):
+            (staging / name).unlink()
         for name in written:
             if (target / name).is_dir():
                 raise ValueError(f"`save_directory` holds a folder {name}, but a file of this name is to be saved.")
@@ -76,7 +77,7 @@ def replacing_files(target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME)
 
 
 def _new_staging(target: Path) -> tuple[Path, int | None]:
-    """An empty folder beside `target`, or in it where nothing can be moved between the two places; and its lock."""
+    """Make an empty folder beside `target`, or in it where nothing can be moved between the two places, and lock it."""
     for leftover in (path for place in (target.parent, target) for path in place.glob(".*.saving-*")):
         match = STAGING.fullmatch(leftover.name)
         lock = _lock(leftover, wait=False) if match and match[1] == target.name else None
@@ -97,7 +98,7 @@ def _new_staging(target: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
-    """A handle that marks a folder as in use until it is closed or its process ends; None where that can't be had."""
+    """Open a handle that marks a folder as in use until it is closed or its process ends; None where locking fails."""
     handle = None
     try:
         handle = os.open(folder, os.O_RDONLY)  # an error on Windows
@@ -110,14 +111,14 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
 
 def _imitate(folder: Path, copy: Path) -> None:
-    """Gives a folder the owner, the mode and the attributes of another."""
+    """Give a folder the owner, the mode and the attributes of another."""
     if hasattr(os, "chown"):
         os.chown(copy, folder.stat().st_uid, folder.stat().st_gid)
     shutil.copystat(folder, copy)
 
 
 def _swap(new: Path, target: Path, stale: re.Pattern[str]) -> None:
-    """Puts `new` in the place of `target` in one step; what was there is then in the place of `new`.
+    """Put `new` in the place of `target` in one step; what was there is then in the place of `new`.
 
     Raises:
         OSError: if that can't be done. `target` is then as it was.
@@ -141,7 +142,7 @@ def _swap(new: Path, target: Path, stale: re.Pattern[str]) -> None:
 
 
 def _take_over(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
-    """Links into `new` what it lacks of `old`, so that nothing is missing in the one, nor gone from the other."""
+    """Link into `new` what it lacks of `old`, so that nothing is missing in the one, nor gone from the other."""
     for path in old.iterdir():
         other = new / path.name
         if path.is_dir() and not path.is_symlink():
@@ -157,7 +158,7 @@ def _take_over(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
 
 
 def _move_files(new: Path, target: Path, written: list[Path], stale: re.Pattern[str]) -> None:
-    """Moves files one by one, those that are replaced out first; an error takes all of it back."""
+    """Move files one by one, those that are replaced out first; an error takes all of it back."""
     opening = (Path("config.json"), Path("adapter_config.json"))  # by these, transformers knows a checkpoint
     target.mkdir(parents=True, exist_ok=True)
     going = {Path(path.name) for path in target.iterdir() if stale.fullmatch(path.name) and not path.is_dir()}
@@ -177,7 +178,7 @@ def _move_files(new: Path, target: Path, written: list[Path], stale: re.Pattern[
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file or folder is where a loss of power does not reach it."""
+    """Wait until a file or folder is where a loss of power does not reach it."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -190,16 +191,8 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def is_someones_card(path: Path) -> bool:
-    """Whether a file is a model card that somebody wrote, which a save must not replace by the generated one."""
-    if not path.is_file():
-        return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return MODEL_CARD_MARK not in text and _GENERIC_CARD not in text
-
-
 def write_json(path: str | os.PathLike, values: Any) -> None:
-    """Writes a JSON file; an existing one is replaced at once or not at all, also if the machine goes down.
+    """Write a JSON file; an existing one is replaced at once or not at all, also if the machine goes down.
 
     A process that is killed meanwhile leaves a file ".<name>.writing-<machine>-<process>", which the next one on the
     same machine removes.
@@ -227,7 +220,7 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Parses a JSON file.
+    """Parse a JSON file.
 
     Raises:
         ValueError: if it is no JSON (NaN and Infinity, which JSON lacks, included).

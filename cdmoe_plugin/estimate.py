@@ -1,23 +1,24 @@
-"""Sizes before and after condensing, from a checkpoint's config alone."""
+"""The estimate of what condensing saves, from a checkpoint's config alone."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from .cards.tables import DONE, format_table
+from .cards.tables import FORM_TEXTS, format_table
 from .condense.forms import FORMS
 from .config import CondenseConfig
 from .loading.load import sketch_model
 from .plan import CondensePlan
 from .search.budget import experts_per_layer
 from .search.check import check_request
+from .sizes import format_bytes
 
 
 def dry_run(
     model_name_or_path: str | os.PathLike, request: CondensePlan | CondenseConfig, dtype: str = "auto", **hub: Any
 ) -> str:
-    """Count what condensing would save, from a checkpoint's config alone; return a Markdown table.
+    """Estimate what condensing would save, from a checkpoint's config alone, as a Markdown table.
 
     Args:
         model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
@@ -41,7 +42,7 @@ def dry_run(
     FORMS[request.form].sketch(sketch, blocks, experts_per_layer(request, layers, blocks))
     after = sketch.num_parameters()
     rows = [
-        (name, f"{count:,}", f"{count / 1e9:.2f} B", f"{count * width / 2**30:.2f} GiB", f"{1 - count / before:.1%}")
-        for name, count in (("sparse", before), (f"{len(layers)} layers {DONE[request.form]}", after))
+        (name, f"{count:,}", f"{count / 1e9:.2f} B", format_bytes(count * width), f"{1 - count / before:.1%}")
+        for name, count in (("sparse", before), (f"{len(layers)} layers {FORM_TEXTS[request.form].done}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)

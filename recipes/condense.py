@@ -150,6 +150,7 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     from cdmoe_plugin import CondensePlan, condense_pretrained
+    from cdmoe_plugin.cards.card import is_someones_card
     from cdmoe_plugin.cards.tables import plan_table
     from cdmoe_plugin.estimate import dry_run
     from cdmoe_plugin.export.check import check_export
@@ -189,7 +190,7 @@ def main(args: CondenseArguments, given: dict[str, Any]) -> None:
     )
     if not accelerator.is_main_process:
         return
-    with replacing_files(output_dir) as folder:  # all of it is there at once, or nothing
+    with replacing_files(output_dir, keep=is_someones_card) as folder:  # all of it is there at once, or nothing
         # What is offloaded is read again for one file at a time.
         model.save_pretrained(folder, max_shard_size=args.max_shard_size or ("1GB" if args.offload_folder else "5GB"))
         model.condense_plan.save(folder / "condense_plan.json")  # a model with fewer layers does not bring its own
@@ -206,8 +207,9 @@ def export(model: Any, saved: Path, export_dir: Path, config: CondenseConfig, ar
     from transformers import AutoTokenizer
 
     from cdmoe_plugin import export_stock
+    from cdmoe_plugin.cards.card import is_someones_card
 
-    with replacing_files(export_dir) as folder:
+    with replacing_files(export_dir, keep=is_someones_card) as folder:
         written = export_stock(
             in_one_place(model, saved),
             folder,

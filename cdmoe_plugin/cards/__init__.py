@@ -1,1 +1,1 @@
-"""Model cards and tables."""
+"""Model cards, tables and plots."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plot_layer_divergences(plan: CondensePlan, path: str | os.PathLike) -> None:
-    """Draws the divergence of the model's output when one layer alone is condensed (Figure 1 of the paper), as PNG.
+    """Draw the divergence of the model's output when one layer alone is condensed (Figure 1 of the paper), as PNG.
 
     Raises:
         ValueError: if the plan has none, because its layers were given or ranked locally, or because it was truncated.

@@ -1,18 +1,52 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and the words of cards and tables for each form of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..plan import CondensePlan
+from ..sizes import format_bytes
 
-# What is said of a plan's layers, by its form.
-DONE = {"condense": "condensed", "trim_layer": "trimmed", "trim_block": "dropped"}
+
+class FormText(NamedTuple):
+    """The words for one form of a plan.
+
+    Args:
+        done (`str`): Participle for the plan's layers.
+        exported (`str`): Participle for a checkpoint of the base architecture.
+        change (`str`): Sentence on the change, with a place for the number of `layers`.
+    """
+
+    done: str
+    exported: str
+    change: str
+
+
+FORM_TEXTS = {
+    "condense": FormText(
+        "condensed",
+        "condensed, with plain dense layers",
+        "in {layers} decoder layers, the router and all but a few routed experts are gone, and\n"
+        "those that are kept stand, with constant gates, beside the shared expert in one dense MLP\n"
+        "([CD-MoE](https://arxiv.org/abs/2412.00069)).",
+    ),
+    "trim_layer": FormText(
+        "trimmed",
+        "trimmed, with plain dense layers",
+        "in {layers} decoder layers, the whole MLP sub-layer is gone, and only the residual\n"
+        "passes (Layer Trimming, [He et al. 2024](https://arxiv.org/abs/2406.15786)).",
+    ),
+    "trim_block": FormText(
+        "dropped",
+        "with fewer decoder layers",
+        "{layers} decoder layers are gone\n(Block Trimming, [He et al. 2024](https://arxiv.org/abs/2406.15786)).",
+    ),
+}
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table whose columns line up, numbers to the right."""
+    """Format a Markdown table whose columns line up, numbers to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *texts]) for i in range(len(header))]
     left = [all(isinstance(row[i], str) for row in rows) and i == 0 for i in range(len(header))]
@@ -26,7 +60,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def plan_table(plan: CondensePlan) -> str:
-    """The layers of a plan in the order of their selection, as a Markdown table."""
+    """Format the layers of a plan in the order of their selection, as a Markdown table."""
     if plan.form != "condense":
         similarities = plan.layer_similarities or {}
         trimmed = [
@@ -37,7 +71,7 @@ def plan_table(plan: CondensePlan) -> str:
             )
             for layer in plan.layers
         ]
-        return format_table([f"decoder layer {DONE[plan.form]}", "similarity", "score"], trimmed)
+        return format_table([f"decoder layer {FORM_TEXTS[plan.form].done}", "similarity", "score"], trimmed)
     rows = [
         (
             layer.layer,
@@ -49,3 +83,35 @@ def plan_table(plan: CondensePlan) -> str:
         for layer in plan.layers
     ]
     return format_table(["decoder layer", "kept", "experts", "layer's own", "score"], rows)
+
+
+def sizes_table(parameters: Mapping[str, int], dtype: Any) -> str:
+    """Format the parameters and bytes of several models; the others are compared with the first."""
+    before = next(iter(parameters.values()))
+    rows = [
+        (name, f"{count:,}", format_bytes(count * dtype.itemsize), f"{1 - count / before:.1%}")
+        for name, count in parameters.items()
+    ]
+    return format_table(["", "parameters", f"in {str(dtype).removeprefix('torch.')}", "saved"], rows)
+
+
+def refit_table(errors: Mapping[str, Sequence[float]]) -> str:
+    """Format the relative errors of condensed layers before and after their refit."""
+    by_layer = sorted((int(layer), before, after) for layer, (before, after) in errors.items())
+    rows = [(layer, f"{before:.3e}", f"{after:.3e}") for layer, before, after in by_layer]
+    return format_table(["decoder layer", "error before", "after"], rows)
+
+
+def recovery_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Format the stages of training after condensing, from the summaries in a model's config."""
+    rows = [
+        (
+            stage["stage"],
+            f"{stage['held_out_before']:.4f}",
+            f"{stage['held_out_after']:.4f}",
+            f"{stage['tokens']:,}",
+            f"{stage['trained']:,}",
+        )
+        for stage in stages
+    ]
+    return format_table(["stage", "held-out loss before", "after", "tokens", "parameters trained"], rows)

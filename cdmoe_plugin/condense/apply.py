@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks import SparseBlock
-from ..cards.sections import base_metadata, base_name
+from ..cards.base_model import describe_base
 from ..model.classes import condensed_model_class
 from ..model.layers_cdmoe import CondensedMLP
 from ..model.modeling_cdmoe import CondensedModelMixin, silence_router_loss
@@ -20,10 +20,6 @@ from ..plan import CondensePlan
 if TYPE_CHECKING:
     from ..config import CondenseConfig
     from .refit import RefitLayer
-
-
-def _about_base(name_or_path: str) -> dict[str, Any]:
-    return {"base_model": base_name(name_or_path), "base_card": base_metadata(name_or_path)}
 
 
 def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
@@ -69,7 +65,7 @@ def become_condensed(
         "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
         "all_condensed": all_condensed,
         "parameters": {"before": parameters_before, "after": model.num_parameters()},
-        **_about_base(model.name_or_path or ""),
+        **describe_base(model.name_or_path or ""),
         "plan": plan.to_dict(),
     }
     if all_condensed:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from ..atomic import replacing_files
 from ..blocks.weights import UnsupportedModelError, read_gated_mlp
 from ..calibration import Calibration, TokenBatch, calibration_for
-from ..cards.stock import StockExport, write_stock_card
+from ..cards.card import is_someones_card, write_stock_card
 from ..config import CondenseConfig
 from ..decoder.stream import searching
 from ..divergence import js_divergence
@@ -38,6 +39,31 @@ _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)
 # are rounded in another order, and in half precision a token may then be routed to another expert.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class StockExport:
+    """The result of `export_stock`.
+
+    Args:
+        model_type (`str`): Model type of the checkpoint.
+        fields (`dict[str, Any]`): Fields of the base architecture's config that differ from the sparse model's.
+        dense_width (`int`, *optional*): Width of all dense MLPs; None where no layer was condensed.
+        parameters (`int`): Parameters of the checkpoint, with the zeros that pad narrower layers.
+        parameters_before (`int`): Parameters of the condensed model.
+        shared_gates (`dict[int, float]`): What replaces the per-token gate of the shared expert, by decoder layer;
+            empty where the checkpoint is exact.
+        divergence (`float`, *optional*): Where it is not: mean over the calibration tokens of the Jensen-Shannon
+            divergence (nats) between the outputs of the condensed model and of the checkpoint.
+    """
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    dense_width: int | None = None
+    parameters: int = 0
+    parameters_before: int = 0
+    shared_gates: dict[int, float] = field(default_factory=dict)
+    divergence: float | None = None
 
 
 def export_stock(
@@ -146,9 +172,18 @@ def _write(
     folder: str | os.PathLike,
     max_shard_size: int | str,
 ) -> None:
-    with replacing_files(folder, _WEIGHT_FILES) as staging:
+    with replacing_files(folder, _WEIGHT_FILES, keep=is_someones_card) as staging:
         stock.save_pretrained(staging, max_shard_size=max_shard_size)
-        write_stock_card(model, written, staging)
+        write_stock_card(
+            model,
+            staging,
+            model_type=written.model_type,
+            parameters=written.parameters,
+            fields=written.fields,
+            dense_width=written.dense_width,
+            shared_gates=written.shared_gates,
+            divergence=written.divergence,
+        )
 
 
 def _check_request(model: PreTrainedModel, folder: str | os.PathLike) -> None:

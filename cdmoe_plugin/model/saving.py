@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..atomic import is_someones_card, replacing_files
-from ..cards.condensed import write_model_card
+from ..atomic import replacing_files
+from ..cards.card import is_someones_card, write_model_card
 from ..offload import checkpoint_state
 from ..plan import CondensePlan
 from . import layers_cdmoe, modeling_cdmoe
@@ -68,7 +68,7 @@ class CheckpointMixin(CondensedModelMixin):
         stale = re.compile(
             rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json"
         )
-        with replacing_files(save_directory, stale) as folder:
+        with replacing_files(save_directory, stale, keep=is_someones_card) as folder:
             for file in modeling_files(type(self)):
                 (folder / file.name).write_bytes(file.read_bytes())
             plan = (self.config.condense_config or {}).get("plan")

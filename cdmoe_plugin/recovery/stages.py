@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..atomic import replacing_files
+from ..cards.card import is_someones_card
 from ..model.lookup import condensed_layers
 from .trainer import CondensedSFTTrainer
 from .weights import condensed_parameters, load_condensed_weights
@@ -141,7 +142,7 @@ def finish(
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """
     last = output_dir / summaries[-1].stage
-    with replacing_files(output_dir, _EARLIER_END) as folder:
+    with replacing_files(output_dir, _EARLIER_END, keep=is_someones_card) as folder:
         if (last / _ADAPTER_FILES[0]).is_file() and not merge:
             for name in _ADAPTER_FILES:
                 shutil.copyfile(last / name, folder / name)

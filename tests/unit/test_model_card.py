@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained
-from cdmoe_plugin.cards.condensed import add_results
-from cdmoe_plugin.cards.sections import base_metadata
+from cdmoe_plugin.cards.base_model import base_metadata
+from cdmoe_plugin.cards.card import add_results
 from tests.helpers.recovery import lm_rows, load_recipe, word_tokenizer
 from tests.helpers.tiny_models import tiny_model
 
