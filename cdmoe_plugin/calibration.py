@@ -1,11 +1,11 @@
-"""From a hub name, a local file, a `Dataset`, texts or token ids to batches of token ids."""
+"""Calibration data: a hub name, a local file, a `Dataset`, texts or token ids become batches of token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ class TokenBatch:
     attention_mask: Tensor
 
     def truncate(self, rows: int, length: int) -> TokenBatch:
-        """The first tokens of the first sequences."""
+        """Return the first `length` tokens of the first `rows` sequences."""
         return TokenBatch(self.input_ids[:rows, :length], self.attention_mask[:rows, :length])
 
     @classmethod
@@ -48,7 +48,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token batches and where they are from.
+    """The token batches of a search and their source.
 
     Args:
         batches (`list[TokenBatch]`): Sequences of similar length together, so that little is padding.
@@ -65,7 +65,7 @@ class Calibration:
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
-        """What a plan remembers of its calibration."""
+        """Return the entries that a plan keeps: source, numbers of samples and tokens, and fingerprint."""
         names = ("source", "num_samples", "num_tokens", "fingerprint")
         return {name: getattr(self, name) for name in names}
 
@@ -77,7 +77,7 @@ def load_calibration(
     model_config: PreTrainedConfig | None = None,
     find_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> Calibration:
-    """Turns anything that a user may call calibration data into token batches.
+    """Turn calibration data of any supported kind into token batches.
 
     Args:
         source: None (C4 as in the paper), a name on the hub, a local .txt/.json/.jsonl/.parquet file, a `Dataset`, a
@@ -124,7 +124,7 @@ def load_calibration(
 def calibration_for(
     model: PreTrainedModel, source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Calibration:
-    """Calibration data for a loaded model, whose checkpoint's tokenizer is used where none is given.
+    """Load calibration data for a loaded model, with its checkpoint's tokenizer where none is given.
 
     Args:
         model (`PreTrainedModel`): The model that the token ids are for.
@@ -143,14 +143,14 @@ def calibration_for(
 
 
 def checkpoint_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; where it has none, transformers may make up an empty one from the model type.
+    """Open the tokenizer of a checkpoint; transformers may make up an empty one, which is refused.
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder.
         **kwargs: Passed to `AutoTokenizer.from_pretrained` (`revision`, ...).
 
     Raises:
-        ValueError: if there is none that knows any text.
+        ValueError: if the checkpoint has no tokenizer, or an empty one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
@@ -213,7 +213,7 @@ def _stream_hub(name: str, **kwargs: Any) -> Any:
 def _column(dataset: Any) -> Any:
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if "input_ids" in columns:
-        return _Column(dataset, "input_ids")
+        return dataset.select_columns("input_ids")
     name = next((column for column in _TEXT_COLUMNS if column in columns), None)
     if name is None and len(columns) == 1:
         name = columns[0]
@@ -221,37 +221,17 @@ def _column(dataset: Any) -> Any:
         raise ValueError(
             f"The calibration data has the columns {columns}; it needs one named 'text' (or 'input_ids' for token ids)."
         )
-    return _Column(dataset, name)
-
-
-class _Column:
-    """One column of a map-style or a streaming dataset."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset = dataset
-        self.name = name
-
-    def shuffled(self, seed: int) -> Iterator[Any]:
-        """The samples in random order, read one by one."""
-        if hasattr(self.dataset, "__len__"):
-            return (self.dataset[row][self.name] for row in _permutation(len(self.dataset), seed))
-        return (row[self.name] for row in self.dataset.shuffle(seed=seed, buffer_size=10_000))
-
-
-def _permutation(length: int, seed: int) -> Iterator[int]:
-    """`range(length)` in random order, as far as it is asked for (Fisher-Yates)."""
-    rng = random.Random(seed)
-    moved: dict[int, int] = {}
-    for i in range(length):
-        j = rng.randrange(i, length)
-        yield moved.get(j, j)
-        moved[j] = moved.get(i, i)
+    return dataset.select_columns(name)
 
 
 def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
-    """At most `num_samples` of the samples that are not blank; of a list in memory, its own order is kept."""
-    if isinstance(samples, _Column):
-        return list(islice((s for s in samples.shuffled(config.seed) if not _is_blank(s)), config.num_samples))
+    """Draw at most `num_samples` of the samples that are not blank; those of a list in memory keep its order."""
+    if hasattr(samples, "shuffle"):  # a dataset of one column
+        streams = not hasattr(samples, "__len__")
+        # In memory: else the order of all rows would be written into the cache.
+        rows = samples.shuffle(config.seed, **({"buffer_size": 10_000} if streams else {"keep_in_memory": True}))
+        drawn = (sample for row in rows for sample in row.values() if not _is_blank(sample))
+        return list(islice(drawn, config.num_samples))
     samples = [sample for sample in samples if not _is_blank(sample)]
     if len(samples) > config.num_samples:
         rows = sorted(random.Random(config.seed).sample(range(len(samples)), config.num_samples))
@@ -280,12 +260,12 @@ def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) ->
 
 
 def _is_row(sample: Any) -> bool:
-    """Whether a sample is a tensor or array `[T]`, or `[1, T]` as tokenizers return it."""
+    """Return whether a sample is a tensor or array `[T]`, or `[1, T]` as tokenizers return it."""
     return hasattr(sample, "tolist") and (sample.ndim == 1 or (sample.ndim == 2 and sample.shape[0] == 1))
 
 
 def _strip_padding(ids: list[int], special: Any) -> list[int]:
-    """Without the padding at both ends: padding never counts. A pad token that is also BOS or EOS stands there once."""
+    """Remove the padding at both ends; of a pad token that is also BOS or EOS, one stays."""
     pad = getattr(special, "pad_token_id", None)
     if pad is None:
         return ids

@@ -1,4 +1,4 @@
-"""Opens what users call data: a name on the hub, or a local file."""
+"""Data sources: a name on the hub, or a local file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TEXTS = {".txt": "text", **TABLES}
 
 
 def is_local(source: str | os.PathLike, formats: Mapping[str, str]) -> bool:
-    """Whether a source is meant as a local path: it exists, or it ends like one of the files that can be read."""
+    """Return whether a source is a local path: it exists, or ends like one of the files that can be read."""
     return Path(source).exists() or Path(source).suffix in formats
 
 
 def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
-    """Opens a local file as a `Dataset`; an empty file is None.
+    """Open a local file as a `Dataset`; an empty file is None.
 
     Args:
         path (`Path`): The file.
@@ -51,7 +51,7 @@ def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
 
 
 def open_hub(name: str, what: str, advice: str, **kwargs: Any) -> Any:
-    """Opens a dataset of the hub (by default its split "train"); `advice` ends the message where that fails.
+    """Open a dataset of the hub (by default its split "train"); `advice` ends the message where that fails.
 
     Raises:
         ValueError: if the hub can't be reached or has no such dataset.

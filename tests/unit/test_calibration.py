@@ -137,6 +137,12 @@ def test_a_list_keeps_its_order() -> None:
     assert drawn.source == "token ids"
 
 
+def test_a_dataset_is_shuffled_as_by_its_own_method() -> None:
+    dataset = Dataset.from_dict({"input_ids": IDS})
+    expected = dataset.shuffle(seed=3).select(range(5))["input_ids"]
+    assert sequences(load(dataset, num_samples=5, seed=3)) == sorted(expected, key=len)
+
+
 @pytest.mark.parametrize("kind", ["lists", "Dataset", "generator"])
 def test_samples_are_drawn_by_seed(kind: str, tmp_path: Path) -> None:
     def drawn(seed: int) -> Calibration:
