@@ -34,9 +34,9 @@ def replacing_files(
     """Yield an empty folder that takes the place of `target`, in one step, when the block ends without an error.
 
     Until then `target` stays as it was. Its other files are in the new folder too (by hard links), except those whose
-    names match `stale`: shards of an older save must not stay. Of files that are in both, those of `target` for which
-    `keep` is true stay, and are not replaced. A process that is killed leaves the old content or the
-    new one, and at worst a folder ".<name>.saving-<digits>" beside it or in it, which the next save removes.
+    names match `stale`: shards of an older save must not stay. Files of `target` for which `keep` is true are not
+    replaced. A process that is killed leaves the old content or the new one, and at worst a folder
+    ".<name>.saving-<digits>" beside it or in it, which the next save removes.
 
     Some folders can't be replaced: mount points, the working directory and those above it, those whose parent folder
     the user may not write to; outside Linux, and on a few file systems, any that is not empty. There, files are moved

@@ -1,4 +1,4 @@
-"""Checks of values that somebody may have edited (errors name the field and what was found), and of errors."""
+"""Checks of values that may have been edited by hand; every error names the field and the value found."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 
 
 def is_int(value: object) -> bool:
-    """Whether `value` is a whole number (and not a bool, which Python counts among them)."""
+    """Return whether `value` is a whole number (and not a bool, which Python counts among them)."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all `fields`, of which those that a dataclass gives a default may be missing."""
+    """Read the values of all `fields`; those with a default in their dataclass may be missing.
+
+    Raises:
+        ValueError: if `values` is no object, or has unknown or missing fields.
+    """
     values = read_mapping(values, where)
     unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
@@ -36,7 +40,7 @@ def read_mapping(values: Any, where: str) -> Mapping[str, Any]:
 
 
 def read_flat_mapping(values: Any, where: str) -> dict[str, Any] | None:
-    """An object of plain values (texts, numbers, None, or lists of whole numbers), or None."""
+    """Read an object of plain values (texts, numbers, None, or lists of whole numbers), or None."""
     if values is None:
         return None
     for name, value in read_mapping(values, where).items():
@@ -63,10 +67,10 @@ def read_whole(value: Any, where: str) -> int:
 
 
 def read_real(value: Any, where: str) -> float:
-    """A finite number.
+    """Read a finite number.
 
     Raises:
-        ValueError: naming the place, if `value` is none.
+        ValueError: naming the place, if `value` is not one.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A whole number may be too large for a float.
@@ -76,7 +80,7 @@ def read_real(value: Any, where: str) -> float:
 
 
 def read_by_layer(values: Any, where: str) -> dict[int, float] | None:
-    """Numbers by decoder layer, or None."""
+    """Read numbers by decoder layer, or None."""
     if values is None:
         return None
     return {_layer_key(k, where): read_real(v, f"{where}.{k}") for k, v in read_mapping(values, where).items()}

@@ -95,17 +95,17 @@ def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = N
     sizes = {"base model": counts["before"], form.done: counts["after"]} if counts else {}
     if sizes and exported:
         sizes["this checkpoint"] = exported["parameters"]
-    calibration = dict(plan.calibration or {})
-    source = calibration.get("source", "")
-    if calibration:
-        calibration["source"] = _file_name(calibration["source"])
+    calibration = {}
+    if plan.calibration:
+        calibration = {name: plan.calibration[name] for name in ("source", "num_samples", "num_tokens")}
+        calibration |= {"source": _file_name(calibration["source"]), "fingerprint": plan.calibration.get("fingerprint")}
     quantization = getattr(model, "quantization_method", None)
     data = ModelCardData(
         library_name="transformers",
         tags=sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])}),
         base_model=base if "/" in base else None,  # a folder is no name on the hub
         pipeline_tag="text-generation" if model.can_generate() else None,
-        datasets=[C4_NAME] if source.startswith(C4_NAME) else None,
+        datasets=[C4_NAME] if calibration.get("source", "").startswith(C4_NAME) else None,
         **config.get("base_card", {}),
     )
     # Jinja, which fills in the template, comes with torch.
