@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
 from .checks import is_int
+from .registry import REGISTRIES
 from .sizes import read_budget
 
 # Fields that are a whole number or text.
@@ -38,26 +39,18 @@ class CondenseConfig:
             may keep together, as a number of routed experts (54), of their parameters ("300M params") or of their
             bytes in the model's dtype ("2GB", "500MiB"). Layers are searched with the same K for all; then experts go
             where they gain most, and what the model's output says on the calibration data decides between the two.
-        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen. "greedy" is Algorithm 1. By a number
-            per expert: "random" (drawn from `seed`), "l1" (lowest sum of absolute weights), "pl_alpha_hill" (heaviest
-            tail of the weights' spectra, Eq. 4), "frequency" (chosen by most tokens), "reap" (highest mean of gate
-            times norm of the output, arXiv 2510.13999). "d_optimal" adds the expert that most enlarges the volume
-            that the kept ones' outputs span (after arXiv 2605.28207).
-        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen. "greedy" is Algorithm 2; "global" ranks
-            layers once by what condensing each alone does to the model's output, "local" by what it does to the
-            layer's own output, "similarity" by the cosine similarity of what enters and what leaves the layer (He et
-            al. 2024, arXiv 2406.15786).
+        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1. The other
+            methods, and those of the next five fields, are listed in docs/methods.md.
+        layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2.
         metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
-            condensed form: "js", "kl", "mse", or "ppl", the absolute difference of each calibration sequence's
-            perplexity, averaged. "ppl" is defined on the model's output only: it is for the layer search, whatever
-            `compare` says, the expert search then uses "js" as in the paper, and "local" can't be combined with it.
-        compare (`str`, defaults to `"hidden"`): Output of the model that the layer search compares: "hidden" is the
-            last hidden state after the final norm (as in the published code), "logits" what the language-modelling
-            head says.
+            condensed form. "ppl" is defined on the model's output only: it is for the layer search, whatever `compare`
+            says, the expert search then uses "js" as in the paper, and `layer_selection="local"` can't be combined
+            with it.
+        compare (`str`, defaults to `"hidden"`): Output of the model that the layer search compares: "hidden" as in the
+            published code.
         gates (`str`, defaults to `"mean"`): How the constant gates are set; "mean" is Eq. 2.
         refit (`str`, *optional*): How condensed layers are fitted to the sparse model afterwards, on the calibration
-            data. None: not at all, as in the paper. "down_proj": the down projection by ridge regression, in closed
-            form. "distill": all three projections by Adam, from there on.
+            data. None: not at all, as in the paper.
         refit_target (`str`, defaults to `"model"`): What they are fitted to: "model", the hidden states of the
             unmodified model behind the layer, so that errors of condensed layers below are made up for; or "block",
             what the sparse block gives for the same inputs.
@@ -89,20 +82,12 @@ class CondenseConfig:
         "With num_experts=auto: total of all layers in experts (54), parameters (300M params) or bytes (2GB, 500MiB).",
         None,
     )
-    expert_selection: str = _help(
-        "How experts are chosen: greedy (Algorithm 1), random, l1, pl_alpha_hill (Eq. 4), frequency, reap, d_optimal.",
-        "greedy",
-    )
-    layer_selection: str = _help("How layers are chosen: greedy (Algorithm 2), local, global or similarity.", "greedy")
-    metric: str = _help(
-        "Divergence that the searches minimise: js, kl, mse or ppl (ppl: layer search only, experts by js).", "js"
-    )
-    compare: str = _help("Model output that the layer search compares: hidden or logits.", "hidden")
-    gates: str = _help("How the constant gates are set: mean (Eq. 2).", "mean")
-    refit: str | None = _help(
-        "How condensed layers are fitted afterwards: down_proj (closed form), distill (Adam); not at all if unset.",
-        None,
-    )
+    expert_selection: str = _help("How experts are chosen", "greedy")
+    layer_selection: str = _help("How layers are chosen", "greedy")
+    metric: str = _help("Divergence that the searches minimise", "js")
+    compare: str = _help("Model output that the layer search compares", "hidden")
+    gates: str = _help("How the constant gates are set", "mean")
+    refit: str | None = _help("How condensed layers are fitted afterwards (not at all if unset)", None)
     refit_target: str = _help(
         "What they are fitted to: model (hidden states of the unmodified model) or block (the sparse block).", "model"
     )
@@ -232,7 +217,8 @@ def condense_arguments(prefix: str = "") -> type:
     hints = get_type_hints(CondenseConfig)
     rows: list[Any] = []
     for f in fields(CondenseConfig):
-        help_text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        methods = f": {REGISTRIES[f.name].summary()}." if f.name in REGISTRIES else ""
+        help_text = f.metadata["help"] + methods + ("" if f.default is None else f" (default: {f.default})")
         hint = int | str if f.name in _NUMBERS_OR_WORDS else hints[f.name]
         rows.append((prefix + f.name, hint | None, field(default=None, metadata={"help": help_text})))
     numbers_or_words = [prefix + name for name in _NUMBERS_OR_WORDS]

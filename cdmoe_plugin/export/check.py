@@ -16,7 +16,6 @@ from ..loading.load import sketch_model
 from ..plan import CondensePlan
 from ..search.budget import experts_per_layer
 from ..search.check import check_request
-from .stock import refuse_gates
 from .stock_config import stock_model_of
 
 
@@ -61,6 +60,24 @@ def check_export(
             raise UnsupportedModelError(
                 f"{error} A search may choose such layers: where the config can say others, name these in `layers`."
             ) from error
+
+
+def refuse_gates(layers: Sequence[int], model_type: str) -> None:
+    """Raises where shared experts of condensed layers have a gate per token, for an export that is to be exact.
+
+    Args:
+        layers (`Sequence[int]`): The decoder layers that have one.
+        model_type (`str`): The base architecture.
+
+    Raises:
+        UnsupportedModelError: naming the layers and what to do.
+    """
+    if layers:
+        raise UnsupportedModelError(
+            f"The decoder layers {list(layers)} scale their shared expert by a gate per token, which dense layers of "
+            f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate`) replaces it by its "
+            "mean over calibration tokens, and measures what that costs; the condensed checkpoint keeps it."
+        )
 
 
 def _known_layers(request: CondensePlan | CondenseConfig, blocks: Sequence[SparseBlock]) -> list[int] | None:

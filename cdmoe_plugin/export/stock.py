@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,14 @@ from ..calibration import Calibration, TokenBatch, calibration_for
 from ..cards.card import is_someones_card, write_stock_card
 from ..config import CondenseConfig
 from ..decoder.stream import searching
-from ..divergence import js_divergence
+from ..metrics.js import js_divergence
 from ..model.layers_cdmoe import CondensedMLP
 from ..model.lookup import condensed_layers
 from ..model.modeling_cdmoe import CondensedModelMixin
 from ..model.saving import MODELING_FILE
 from ..offload import is_offloaded
+from ..registry import EXPORT_TARGETS, ExportTarget
+from .check import check_export, refuse_gates
 from .stock_config import StockModel, stock_model_of
 
 logger = logging.get_logger(__name__)
@@ -145,24 +147,6 @@ def export_stock(
     )
     _write(model, stock, written, folder, max_shard_size)
     return written
-
-
-def refuse_gates(layers: Sequence[int], model_type: str) -> None:
-    """Raises where shared experts of condensed layers have a gate per token, for an export that is to be exact.
-
-    Args:
-        layers (`Sequence[int]`): The decoder layers that have one.
-        model_type (`str`): The base architecture.
-
-    Raises:
-        UnsupportedModelError: naming the layers and what to do.
-    """
-    if layers:
-        raise UnsupportedModelError(
-            f"The decoder layers {list(layers)} scale their shared expert by a gate per token, which dense layers of "
-            f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate`) replaces it by its "
-            "mean over calibration tokens, and measures what that costs; the condensed checkpoint keeps it."
-        )
 
 
 def _write(
@@ -327,3 +311,8 @@ def _divergence(model: PreTrainedModel, stock: PreTrainedModel, data: Calibratio
     for batch in data.batches:
         total += float(js_divergence(_outputs(model, batch), _outputs(stock, batch)).double().sum())
     return total / data.num_tokens
+
+
+EXPORT_TARGETS.register(
+    "stock", "a checkpoint of the base architecture, in which condensed layers are plain dense ones"
+)(ExportTarget(check_export, export_stock))

@@ -10,12 +10,8 @@ from ..condense.forms import FORMS
 from ..condense.refit import check_refit
 from ..config import CondenseConfig
 from ..plan import CondensePlan
-from ..registry import lookup
+from ..registry import COMPARE, EXPERT_SELECTIONS, GATES, LAYER_SELECTIONS, METRICS, MODEL_METRICS
 from .budget import LayerBudget
-from .experts.greedy import EXPERT_SELECTIONS
-from .gates import GATES
-from .layers.methods import LAYER_SELECTIONS
-from .layers.outputs import COMPARE, MODEL_METRICS, all_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -28,11 +24,10 @@ def check_methods(config: CondenseConfig) -> None:
     """
     if not isinstance(config, CondenseConfig):
         raise ValueError(f"`config` should be a CondenseConfig, but is a {type(config).__name__}.")
-    lookup(EXPERT_SELECTIONS, config.expert_selection, "expert_selection")
-    lookup(LAYER_SELECTIONS, config.layer_selection, "layer_selection")
-    lookup(all_metrics(), config.metric, "metric")
-    lookup(COMPARE, config.compare, "compare")
-    lookup(GATES, config.gates, "gates")
+    for registry in (EXPERT_SELECTIONS, LAYER_SELECTIONS, COMPARE, GATES):
+        registry.of(config)
+    if config.metric not in MODEL_METRICS:
+        METRICS.of(config)
     check_refit(config)
     trims = not FORMS[config.form].keeps_experts
     if trims and config.num_experts == "auto":

@@ -17,12 +17,10 @@ from ..config import CondenseConfig
 from ..decoder.record import LayerRecorder
 from ..decoder.stream import LayerOutput, LayerStream
 from ..plan import CondensedLayer, CondensePlan
-from ..registry import lookup
+from ..registry import EXPERT_SELECTIONS, GATES, LAYER_SELECTIONS
 from .budget import LayerBudget
 from .experts.data import ExpertOrder, SparseLayerData
-from .experts.greedy import EXPERT_SELECTIONS
-from .gates import GATES
-from .layers.methods import LAYER_SELECTIONS, LayerOrder
+from .layers.order import LayerOrder
 from .layers.outputs import compare_outputs, layer_metric, needs_head
 from .layers.variants import LayerSearchData, ModelVariants
 from .processes import Processes
@@ -105,7 +103,7 @@ class PlanSearch:
     def _experts_of(self, layer: int, inputs: list[LayerOutput]) -> tuple[ChosenExperts, list[LayerOutput]]:
         data, outputs = self._observe(layer, inputs)
         number = self._number(data)
-        select = lookup(EXPERT_SELECTIONS, self.config.expert_selection, "expert_selection")
+        select = EXPERT_SELECTIONS.of(self.config)
         order = select(data, number)
         return (order, {expert: float(data.gates[expert]) for expert in order.experts}), outputs
 
@@ -113,7 +111,7 @@ class PlanSearch:
         """Choose layers, each with these experts, or the first of them that a budget pays for in every layer."""
         if self.config.layers is not None:
             return LayerOrder(self.config.layers, [])
-        select = lookup(LAYER_SELECTIONS, self.config.layer_selection, "layer_selection")
+        select = LAYER_SELECTIONS.of(self.config)
         experts = experts if self.budget is None else uniformly(self.budget, experts)
         return select(self._layer_data(experts), self.config.num_layers)
 
@@ -171,7 +169,7 @@ class PlanSearch:
         data = SparseLayerData(
             block=block,
             calls=calls,
-            gates=GATES[self.config.gates](calls, block.num_experts, self.processes),
+            gates=GATES.of(self.config)(calls, block.num_experts, self.processes),
             metric=layer_metric(self.config.metric),
             cache_bytes=self.config.cache_bytes,
             seed=self.config.seed,

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .budget import LayerBudget
 from .experts.data import ExpertOrder
 from .knapsack import allocate, estimated_effects
-from .layers.methods import LayerOrder, scores_alone, scores_along
+from .layers.order import LayerOrder, scores_alone, scores_along
 from .layers.variants import ModelVariants
 
 logger = logging.get_logger(__name__)

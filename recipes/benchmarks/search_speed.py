@@ -38,7 +38,7 @@ from cdmoe_plugin.blocks import SparseBlock, find_sparse_blocks
 from cdmoe_plugin.cards.tables import format_table
 from cdmoe_plugin.condense.fold import fold
 from cdmoe_plugin.condense.place import standing_in
-from cdmoe_plugin.divergence import js_divergence
+from cdmoe_plugin.metrics.js import js_divergence
 from cdmoe_plugin.search.check import check_config
 
 SMALL = Sizes(

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
-from cdmoe_plugin.search.layers.methods import LAYER_SELECTIONS
+from cdmoe_plugin.registry import EXPERT_SELECTIONS, LAYER_SELECTIONS
 
 
 @dataclass

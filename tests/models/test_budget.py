@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, search_plan
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
+from cdmoe_plugin.registry import EXPERT_SELECTIONS
 from tests.helpers import naive
 from tests.helpers.budgets import AUTO, EXPERT, SEQUENCES, helpful
 from tests.helpers.models import build

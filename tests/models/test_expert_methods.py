@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
+from cdmoe_plugin.registry import EXPERT_SELECTIONS
 from cdmoe_plugin.search.experts import comparison
 from cdmoe_plugin.search.experts import d_optimal as diversity
 from cdmoe_plugin.search.experts import gram as products
 from cdmoe_plugin.search.experts import pl_alpha_hill as spectrum
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
 from cdmoe_plugin.search.experts.pl_alpha_hill import pl_alpha_hill
 from cdmoe_plugin.search.order import ascending
 from tests.helpers import naive

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from cdmoe_plugin import apply_plan, export_stock
 from cdmoe_plugin.blocks import UnsupportedModelError
-from cdmoe_plugin.divergence import js_divergence
+from cdmoe_plugin.metrics.js import js_divergence
 from cdmoe_plugin.model.lookup import condensed_layers
 from tests.helpers.exporting import GATED, NEVER, condensed, opened, output, same
 from tests.helpers.models import IDS, sparse_model

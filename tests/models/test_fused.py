@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdmoe_plugin import CondenseConfig, search_plan
-from cdmoe_plugin.divergence import METRICS
+from cdmoe_plugin.registry import METRICS
 from cdmoe_plugin.search.experts import comparison
 from tests.helpers.tiny_models import random_ids, tiny_model
 

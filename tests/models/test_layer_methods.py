@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import cache
@@ -17,11 +18,10 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
-from cdmoe_plugin.divergence import METRICS, perplexities
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
-from cdmoe_plugin.search.layers import methods as layer_room
-from cdmoe_plugin.search.layers.methods import LAYER_SELECTIONS
-from cdmoe_plugin.search.layers.outputs import COMPARE, MODEL_METRICS
+from cdmoe_plugin.config import condense_arguments
+from cdmoe_plugin.metrics.ppl import perplexities
+from cdmoe_plugin.registry import COMPARE, EXPERT_SELECTIONS, LAYER_SELECTIONS, METRICS, MODEL_METRICS
+from cdmoe_plugin.search.layers import greedy as layer_room
 from cdmoe_plugin.search.state import SearchState
 from tests.helpers.interrupting import Interrupted, interrupting
 from tests.helpers.models import build
@@ -151,7 +151,7 @@ def test_ties_go_to_the_lower_index(selection: str, monkeypatch: pytest.MonkeyPa
         def divergences(self, variants: Iterable[frozenset[int]], _tick: Any) -> dict[frozenset[int], float]:
             return {variant: sum(scores[layer] for layer in variant) for variant in variants}
 
-    monkeypatch.setattr(layer_room, "ModelVariants", Additive)
+    monkeypatch.setattr(sys.modules[LAYER_SELECTIONS[selection].__module__], "ModelVariants", Additive)
     data = SimpleNamespace(candidates=list(scores), own_divergences=scores)
     assert LAYER_SELECTIONS[selection](data, 4).layers == [2, 4, 7, 5]
 
@@ -183,11 +183,10 @@ def test_what_does_not_go_together_is_refused_at_once(monkeypatch: pytest.Monkey
 
 
 def test_the_help_names_every_method() -> None:
-    texts = {f.name: f.metadata["help"] for f in fields(CondenseConfig)}
+    texts = {f.name: f.metadata["help"] for f in fields(condense_arguments())}
     registries: dict[str, Any] = {"expert_selection": EXPERT_SELECTIONS, "layer_selection": LAYER_SELECTIONS}
     for name, registry in (registries | {"metric": ALL_METRICS, "compare": COMPARE}).items():
         assert all(re.search(rf"\b{method}\b", texts[name]) for method in registry)
-        assert all(f'"{method}"' in CondenseConfig.__doc__ for method in registry)
 
 
 def test_settings_of_the_paper_do_not_follow_the_defaults() -> None:

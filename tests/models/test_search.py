@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, search_plan
 from cdmoe_plugin.decoder.tails import AffineTail, PlaybackTail, StreamsTail
-from cdmoe_plugin.divergence import METRICS
+from cdmoe_plugin.registry import EXPERT_SELECTIONS, METRICS
 from cdmoe_plugin.search.experts import comparison
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
 from tests.helpers import naive
 from tests.helpers.models import build
 from tests.helpers.records import Record

@@ -29,7 +29,7 @@ from cdmoe_plugin.cards.tables import plan_table
 from cdmoe_plugin.condense.forms import FORMS as FORMS_BY_NAME
 from cdmoe_plugin.config import FORMS as CONFIG_FORMS
 from cdmoe_plugin.estimate import dry_run
-from cdmoe_plugin.search.layers import methods as layer_selection
+from cdmoe_plugin.search.layers import similarity as layer_selection
 from tests.helpers.checkpoints import Reads, experts_read
 from tests.helpers.models import IDS, SEARCHABLE, build, sparse_model
 from tests.helpers.naive import sparse_blocks

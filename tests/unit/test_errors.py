@@ -12,11 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.blocks import UnsupportedModelError
-from cdmoe_plugin.divergence import METRICS
-from cdmoe_plugin.search import gates
-from cdmoe_plugin.search.experts import greedy as experts
-from cdmoe_plugin.search.layers import methods as layers
-from cdmoe_plugin.search.layers import outputs
+from cdmoe_plugin.registry import COMPARE, EXPERT_SELECTIONS, GATES, LAYER_SELECTIONS, METRICS
 from tests.helpers.tiny_models import REFUSED, available, random_ids, tiny_model
 
 IDS = random_ids()
@@ -193,8 +189,8 @@ def test_config_against_model(wishes: dict[str, Any], words: str, model: PreTrai
 
 
 def test_unknown_methods(model: PreTrainedModel, folder: Path) -> None:
-    names: dict[str, Any] = {"metric": [*METRICS, "ppl"], "gates": gates.GATES, "compare": outputs.COMPARE, "refit": []}
-    names |= {"expert_selection": experts.EXPERT_SELECTIONS, "layer_selection": layers.LAYER_SELECTIONS}
+    names: dict[str, Any] = {"metric": [*METRICS, "ppl"], "gates": GATES, "compare": COMPARE, "refit": []}
+    names |= {"expert_selection": EXPERT_SELECTIONS, "layer_selection": LAYER_SELECTIONS}
     for field, registry in names.items():
         for target in (model, folder):
             config = CondenseConfig(**{field: "magic"})

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ...model.layers_cdmoe import CondensedMLP
+from ...registry import REFITS
 from .examples import Example, LayerExamples, RefitLayer
 from .ridge import refit_down_proj
 
@@ -21,7 +22,8 @@ _CHECKS = 10
 _PATIENCE = 3
 
 
-def distill(mlp: CondensedMLP, examples: LayerExamples, steps: int) -> RefitLayer:
+@REFITS.register("distill", "all three projections by Adam, after down_proj", options=("refit_steps",))
+def distill(mlp: CondensedMLP, examples: LayerExamples, refit_steps: int) -> RefitLayer:
     """Trains one condensed layer with Adam from its closed-form refit, with the memory of one block.
 
     The weights that were best on held-out sequences are kept.
@@ -29,7 +31,7 @@ def distill(mlp: CondensedMLP, examples: LayerExamples, steps: int) -> RefitLaye
     Args:
         mlp (`CondensedMLP`): The folded layer, changed in place.
         examples (`LayerExamples`): Inputs and targets.
-        steps (`int`): Steps of Adam, at most.
+        refit_steps (`int`): Steps of Adam, at most.
     """
     solved = refit_down_proj(mlp, examples)
     student = copy.deepcopy(mlp).float()
@@ -39,17 +41,19 @@ def distill(mlp: CondensedMLP, examples: LayerExamples, steps: int) -> RefitLaye
     if not groups:
         return solved
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    every, worse = max(1, steps // _CHECKS), 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / refit_steps)
+    )
+    every, worse = max(1, refit_steps // _CHECKS), 0
     draw = _Draw(examples)
-    for step in logging.tqdm(range(1, steps + 1), desc=f"Layer {examples.block.layer}", unit="step", leave=False):
+    for step in logging.tqdm(range(1, refit_steps + 1), desc=f"Layer {examples.block.layer}", unit="step", leave=False):
         with torch.enable_grad():
             loss = weighted_error(student, draw())
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
         schedule.step()
-        if step % every == 0 or step == steps:
+        if step % every == 0 or step == refit_steps:
             error = _held_out_error(student, examples)
             worse = 0 if error < best else worse + 1
             if error < best:

@@ -16,11 +16,10 @@ from ...decoder.stream import LayerOutput, LayerStream, searching
 from ...model.layers_cdmoe import CondensedMLP
 from ...offload import offload_like
 from ...plan import CondensedLayer
-from ...registry import lookup
+from ...registry import REFITS
 from ..fold import fold
 from ..place import standing_in
 from .examples import HELD_OUT_EVERY, LayerExamples, RefitLayer
-from .methods import REFITS
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +34,7 @@ def check_refit(config: CondenseConfig) -> None:
         ValueError: naming the field and the values that exist.
     """
     if config.refit is not None:
-        lookup(REFITS, config.refit, "refit")
+        REFITS.of(config)
     if config.refit_target not in TARGETS:
         raise ValueError(f"`refit_target` is {config.refit_target!r}, but only {', '.join(map(repr, TARGETS))} exist.")
 
@@ -66,7 +65,7 @@ def refit_layers(
         model (`PreTrainedModel`): The sparse model.
         blocks (`Sequence[SparseBlock]`): Its sparse blocks.
         layers (`Sequence[CondensedLayer]`): What to condense.
-        config (`CondenseConfig`): `refit`, `refit_target`, `refit_steps` and `cache_memory`.
+        config (`CondenseConfig`): `refit` with its options, `refit_target` and `cache_memory`.
         calibration (`Calibration`): Tokens to fit on.
 
     Returns:
@@ -76,7 +75,7 @@ def refit_layers(
         ValueError: if there are too few calibration sequences.
     """
     check_calibration(calibration)
-    method = lookup(REFITS, config.refit or "", "refit")
+    refit = REFITS.of(config)
     by_layer = {block.layer: block for block in blocks}
     chosen = {layer.layer: layer for layer in layers}
     mlps: dict[int, CondensedMLP] = {}
@@ -96,7 +95,7 @@ def refit_layers(
                     if config.refit_target == "model":
                         goals = [state[0] for state in outputs]
                     examples = LayerExamples(stream, block, condensed, goals, config.cache_bytes)
-                    fits[layer] = method(mlp, examples, config.refit_steps)
+                    fits[layer] = refit(mlp, examples)
                     mlps[layer] = mlp
                     logger.info(
                         f"Decoder layer {layer}: held-out error {fits[layer].before:.3g} -> {fits[layer].after:.3g}"

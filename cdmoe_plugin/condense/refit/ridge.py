@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...model.layers_cdmoe import CondensedMLP
+from ...registry import REFITS
 from .examples import Example, LayerExamples, RefitLayer
 
 # Ridge strengths that are tried, as shares of the mean square of an inner activation.
@@ -57,8 +58,9 @@ class NormalEquations:
         return self
 
 
+@REFITS.register("down_proj", "the down projection by ridge regression, in closed form")
 @torch.no_grad()
-def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples, _steps: int = 0) -> RefitLayer:
+def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
     """Solves for the down projection that brings the layer nearest to its target (ridge regression, in closed form).
 
     The strength is the one of `STRENGTHS` that is best on held-out sequences; where none of them beats the folded

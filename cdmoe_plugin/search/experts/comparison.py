@@ -37,7 +37,7 @@ def divergences(
     """Divergence of a layer's output with each expert added, float32 `[N, t]`.
 
     Args:
-        metric (`Callable`): From `divergence.METRICS`.
+        metric (`Callable`): From `registry.METRICS`.
         target (`Tensor`): The layer's output, float32 `[t, H]`.
         offset (`Tensor`), slope (`float`): The layer gives `offset + slope * y`, `[t, H]`.
         base (`Tensor`): y without the expert, float32 `[t, H]`.

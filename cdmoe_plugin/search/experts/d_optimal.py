@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...registry import EXPERT_SELECTIONS
 from ..order import least
 from .data import ExpertOrder, SparseLayerData
 from .gram import gram_matrix
@@ -15,6 +16,11 @@ from .ranking import ordered
 _RIDGE = 1e-4
 
 
+@EXPERT_SELECTIONS.register(
+    "d_optimal",
+    "adds the expert that most enlarges the volume that the kept ones' outputs span",
+    "after Kim et al. 2026, arXiv 2605.28207",
+)
 def d_optimal_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Adds, one after the other, the expert that most enlarges the volume that the kept ones' outputs span.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...decoder.tails import AffineTail, as_it_is
-from ...divergence import mean_squared_error
+from ...metrics.mse import mean_squared_error
 from .data import SparseLayerData
 
 # Numbers that the outputs of all experts for some tokens may have, and their float64 copies for a few of these: small

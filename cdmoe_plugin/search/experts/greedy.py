@@ -1,22 +1,17 @@
-"""Expert selection: which routed experts a condensed layer keeps, by Algorithm 1 or by one of its alternatives.
-
-Only candidates may be kept, that is experts that a calibration token chose. Every order is nested: the choice for
-K - 1 experts is the beginning of that for K.
-"""
+"""Greedy expert selection (Algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ...registry import EXPERT_SELECTIONS
 from ..order import least
 from .comparison import LayerComparison
-from .d_optimal import d_optimal_experts
 from .data import ExpertOrder, SparseLayerData
 from .gram import SquaredErrors
-from .pl_alpha_hill import pl_alpha_hill_experts
-from .ranking import frequency_experts, l1_experts, random_experts, reap_experts
 
 
+@EXPERT_SELECTIONS.register(
+    "greedy", "adds the expert that brings the layer's output nearest, one after the other", "CD-MoE, Algorithm 1"
+)
 def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Adds, one after the other, the expert that brings the layer's output nearest (CD-MoE, Algorithm 1).
 
@@ -36,14 +31,3 @@ def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
         scores.append(steps[-1][best])
         comparison.keep(best)
     return ExpertOrder(experts, scores, steps)
-
-
-EXPERT_SELECTIONS: dict[str, Callable[[SparseLayerData, int], ExpertOrder]] = {
-    "greedy": greedy_experts,
-    "random": random_experts,
-    "l1": l1_experts,
-    "pl_alpha_hill": pl_alpha_hill_experts,
-    "frequency": frequency_experts,
-    "reap": reap_experts,
-    "d_optimal": d_optimal_experts,
-}

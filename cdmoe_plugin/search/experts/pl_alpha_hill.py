@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...registry import EXPERT_SELECTIONS
 from .data import ExpertOrder, SparseLayerData
 from .ranking import ranked
 
@@ -14,6 +15,7 @@ _BINS = 100
 _GRAM_ELEMENTS = 2**26
 
 
+@EXPERT_SELECTIONS.register("pl_alpha_hill", "heaviest tail of the weights' spectra", "CD-MoE, Eq. 4")
 def pl_alpha_hill_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     """Experts with the heaviest-tailed weights, that is the lowest PL-Alpha-Hill, first (CD-MoE, Eq. 4).
 

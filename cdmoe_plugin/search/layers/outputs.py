@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...decoder.stream import LayerStream
-from ...divergence import METRICS, js_divergence, perplexities
-from ...registry import lookup
+from ...metrics.js import js_divergence
+from ...registry import COMPARE, METRICS, MODEL_METRICS
 
 TokenMetric = Callable[[Tensor, Tensor], Tensor]
+# From logits `[B, S, V]`, token ids and attention mask to `[B]`.
+SequenceMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class OutputComparison(Protocol):
@@ -32,7 +34,7 @@ class TokenComparison:
         stream (`LayerStream`): The model.
         token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
         metric (`Callable`): Divergence per token of two outputs `[T, H]`.
-        select (`Callable`): From a last hidden state to what is compared, from `COMPARE`.
+        select (`Callable`): From a last hidden state to what is compared, from `registry.COMPARE`.
     """
 
     def __init__(
@@ -59,60 +61,53 @@ class TokenComparison:
         return torch.cat(parts).double() @ weights
 
 
-class PerplexityComparison:
-    """Absolute difference of each calibration sequence's perplexity, averaged (CD-MoE, section 4.4).
+class SequenceComparison:
+    """Absolute difference of a number per calibration sequence, averaged (CD-MoE, section 4.4).
 
     Args:
         stream (`LayerStream`): The model, with a language-modelling head.
         num_sequences (`int`): Calibration sequences, those of other processes included.
+        measure (`Callable`): A number per sequence, from `registry.MODEL_METRICS`.
     """
 
-    def __init__(self, stream: LayerStream, num_sequences: int) -> None:
+    def __init__(self, stream: LayerStream, num_sequences: int, measure: SequenceMetric) -> None:
         self.stream = stream
         self.num_sequences = num_sequences
+        self.measure = measure
 
     def output(self, last: Tensor, batch: int) -> Tensor:
-        """Perplexity of each sequence, float64 `[B]`."""
+        """The number of each sequence, float64 `[B]`."""
         tokens = self.stream.batches[batch]
-        return perplexities(self.stream.logits(last, batch), tokens.input_ids, tokens.attention_mask)
+        return self.measure(self.stream.logits(last, batch), tokens.input_ids, tokens.attention_mask)
 
     def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
         return (output - target).abs().sum() / self.num_sequences
 
 
+@COMPARE.register("hidden", "the last hidden state after the final norm", "the published code of CD-MoE")
 def last_hidden(_stream: LayerStream, last: Tensor, _batch: int) -> Tensor:
     """The last hidden state after the final norm, which the published code compares."""
     return last
 
 
+@COMPARE.register("logits", "the output of the language-modelling head")
 def logits(stream: LayerStream, last: Tensor, batch: int) -> Tensor:
     """The logits, which is how the paper's text may be read ("the output of the final model layer")."""
     return stream.logits(last, batch)
 
 
-COMPARE: dict[str, Callable[[LayerStream, Tensor, int], Tensor]] = {"hidden": last_hidden, "logits": logits}
-
-# Metrics that are no mean over tokens, and that only the output of the whole model has.
-MODEL_METRICS: dict[str, Callable[[LayerStream, int], OutputComparison]] = {"ppl": PerplexityComparison}
-
-
-def all_metrics() -> Mapping[str, object]:
-    """Every metric that a config may name."""
-    return {**METRICS, **MODEL_METRICS}
-
-
 def layer_metric(name: str) -> TokenMetric:
     """The metric on one layer's output: js, as in the paper, where `name` is defined on the model's output only."""
-    return js_divergence if name in MODEL_METRICS else lookup(METRICS, name, "metric")
+    return js_divergence if name in MODEL_METRICS else METRICS.lookup(name)
 
 
 def compare_outputs(
     metric: str, compare: str, stream: LayerStream, token_weights: list[Tensor], num_sequences: int
 ) -> OutputComparison:
-    """The comparison that a config's `metric` and `compare` mean; perplexity goes by the model's head in any case."""
+    """The comparison that a config's `metric` and `compare` mean; what needs the logits takes them in any case."""
     if metric in MODEL_METRICS:
-        return MODEL_METRICS[metric](stream, num_sequences)
-    return TokenComparison(stream, token_weights, lookup(METRICS, metric, "metric"), COMPARE[compare])
+        return SequenceComparison(stream, num_sequences, MODEL_METRICS[metric])
+    return TokenComparison(stream, token_weights, METRICS.lookup(metric), COMPARE[compare])
 
 
 def needs_head(metric: str, compare: str) -> bool:

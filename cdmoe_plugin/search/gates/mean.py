@@ -1,16 +1,18 @@
-"""Constant gates for condensed layers (Eq. 2)."""
+"""The mean router weight as the constant gate (Eq. 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..decoder.record import LayerCall
-from .processes import Processes
+from ...decoder.record import LayerCall
+from ...registry import GATES
+from ..processes import Processes
 
 
+@GATES.register("mean", "mean router weight over the tokens that chose the expert", "CD-MoE, Eq. 2")
 def mean_gates(calls: Sequence[LayerCall], num_experts: int, processes: Processes) -> Tensor:
     """Mean router weight of each expert over the tokens that chose it (CD-MoE, Eq. 2).
 
@@ -31,6 +33,3 @@ def mean_gates(calls: Sequence[LayerCall], num_experts: int, processes: Processe
         parts.append(sums)
     total, counts = processes.total(parts).cpu()
     return total / counts
-
-
-GATES: dict[str, Callable[[Sequence[LayerCall], int, Processes], Tensor]] = {"mean": mean_gates}

@@ -1,0 +1,1 @@
+"""Metrics: how far two outputs are apart, token by token, or sequence by sequence."""

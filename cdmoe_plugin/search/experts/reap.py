@@ -1,0 +1,41 @@
+"""Expert selection by router-weighted activations (REAP)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...registry import EXPERT_SELECTIONS
+from .data import ExpertOrder, SparseLayerData
+from .frequency import choice_counts
+from .ranking import ranked
+
+
+@EXPERT_SELECTIONS.register(
+    "reap", "highest mean of gate times norm of the output", "Lasby et al. 2025, arXiv 2510.13999"
+)
+def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
+    """Experts with the highest router-weighted activation first (REAP, Lasby et al. 2025, arXiv 2510.13999).
+
+    The saliency of expert i is the mean, over the tokens that chose it, of `g_i(x) · ‖E_i(x)‖₂`, where `g_i(x)` is what
+    the router really multiplies with; where that is the expert's input, the mean of `‖E_i(g_i(x) · x)‖₂`. Ties go to
+    the lower index.
+    """
+    return ranked(data, num_experts, lambda data: -reap_saliencies(data))
+
+
+@torch.no_grad()
+def reap_saliencies(data: SparseLayerData) -> Tensor:
+    """REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
+    parts = []
+    for call in data.calls:
+        sums = torch.zeros(data.block.num_experts, dtype=torch.float64)
+        # Expert by expert, as only a few of all tokens chose it.
+        for expert in torch.unique(call.routing.experts).tolist():
+            rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
+            inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]
+            outputs = data.block.expert_outputs(inputs, [expert], weights[None])[0]
+            norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
+            sums[expert] = float(norms @ data.block.output_factors(weights).double())
+        parts.append(sums)
+    return data.processes.total(parts).cpu() / choice_counts(data)

@@ -1,0 +1,1 @@
+"""Constant gates for condensed layers."""

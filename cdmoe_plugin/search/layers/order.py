@@ -1,0 +1,48 @@
+"""The order that a layer selection gives, and divergences along it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers.utils import logging
+
+from .variants import ModelVariants
+
+# Shares of the work and the time left: what is counted are layers run, which tells a reader nothing.
+BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
+
+
+@dataclass(frozen=True)
+class LayerOrder:
+    """Layers in the order of their selection.
+
+    Args:
+        layers (`list[int]`): The chosen decoder layers.
+        scores (`list[float]`): Divergence of the model's output once the first, the first two, ... are condensed.
+        rounds (`list[dict[int, float]]`): Divergence of the model's output for every candidate in every round; the
+            first round is each layer on its own (Figure 1). Empty where the method does not look at the model's output.
+        similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, where they were ranked by them;
+            nothing else was measured then.
+    """
+
+    layers: list[int]
+    scores: list[float]
+    rounds: list[dict[int, float]] = field(default_factory=list)
+    similarities: dict[int, float] | None = None
+
+
+def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float]:
+    """Divergence of the model's output when each of these layers is condensed alone."""
+    variants = {layer: frozenset({layer}) for layer in layers}
+    with logging.tqdm(total=model.steps, desc="Layers alone", bar_format=BAR) as progress:
+        found = model.divergences(variants.values(), progress.update)
+    return {layer: found[variant] for layer, variant in variants.items()}
+
+
+def scores_along(model: ModelVariants, layers: Sequence[int]) -> list[float]:
+    """Divergences of the model's output along an order that is known."""
+    variants = [frozenset(layers[: number + 1]) for number in range(len(layers))]
+    with logging.tqdm(total=model.steps, desc="Layers in order", bar_format=BAR) as progress:
+        found = model.divergences(variants, progress.update)
+    return [found[variant] for variant in variants]

@@ -1,0 +1,50 @@
+"""Layer selection by how little a layer changes the hidden states."""
+
+from __future__ import annotations
+
+from torch.nn.functional import cosine_similarity
+from transformers.utils import logging
+
+from ...decoder.stream import LayerOutput
+from ...registry import LAYER_SELECTIONS
+from ..order import ascending
+from .order import LayerOrder
+from .variants import LayerSearchData
+
+
+@LAYER_SELECTIONS.register(
+    "similarity",
+    "highest cosine similarity of what enters and what leaves the layer",
+    "He et al. 2024, arXiv 2406.15786",
+)
+def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
+    """Ranks layers once, those first whose output is most like their input (He et al. 2024, arXiv 2406.15786).
+
+    A layer's similarity is the mean over sequences of the mean over tokens of the cosine between what enters it and
+    what leaves it (the residual included) in the unmodified model, computed in float64. Ties go to the lower index.
+    """
+    similarities: dict[int, float] = {}
+    states = list(data.stream.embeddings)
+    for layer in logging.tqdm(range(max(data.candidates) + 1), desc="Layer similarities", unit="layer"):
+        with data.stream.in_memory(layer):
+            outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
+            data.stream.check_finite()
+            if layer in data.candidates:
+                name = f"similarity {layer}"
+                if name not in data.known:
+                    data.known[name] = _similarity(data, layer, states, outputs)
+                similarities[layer] = data.known[name]
+        states = outputs
+    order = ascending({layer: -similarity for layer, similarity in similarities.items()})[:num_layers]
+    return LayerOrder(order, [], similarities=similarities)
+
+
+def _similarity(data: LayerSearchData, layer: int, states: list[LayerOutput], outputs: list[LayerOutput]) -> float:
+    parts = []
+    for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
+        leaving = output[0].flatten(2)  # a few architectures have several residual streams
+        entering = data.entering(layer, state, batch).flatten(2)
+        valid = data.stream.valid(batch).to(leaving.device)
+        cosines = cosine_similarity(entering[valid].double(), leaving[valid].double(), dim=-1)
+        parts.append(cosines @ data.token_weights[batch].to(cosines))
+    return float(data.processes.total(parts))
