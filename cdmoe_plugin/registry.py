@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Any)
@@ -79,9 +79,10 @@ class Registry(MutableMapping[str, T]):
         Raises:
             ValueError: as `lookup`.
         """
-        run = self.lookup(getattr(config, self.field))
-        options = {option: getattr(config, option) for option in self.methods()[getattr(config, self.field)].options}
-        return cast(T, partial(cast(Any, run), **options)) if options else run
+        name = getattr(config, self.field)
+        run: Any = self.lookup(name)
+        options = {option: getattr(config, option) for option in self._methods[name].options}
+        return partial(run, **options) if options else run
 
     def methods(self) -> dict[str, Method[Any]]:
         """Return all methods that the field may name, with their descriptions."""
