@@ -82,7 +82,8 @@ class Registry(MutableMapping[str, T]):
         name = getattr(config, self.field)
         run: Any = self.lookup(name)
         options = {option: getattr(config, option) for option in self._methods[name].options}
-        return partial(run, **options) if options else run
+        found: Any = partial(run, **options) if options else run
+        return found
 
     def methods(self) -> dict[str, Method[Any]]:
         """Return all methods that the field may name, with their descriptions."""
