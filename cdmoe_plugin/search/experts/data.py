@@ -21,7 +21,7 @@ class SparseLayerData:
         block (`SparseBlock`): The sparse block.
         calls (`list[LayerCall]`): The layer on this process's calibration batches.
         gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
-        metric (`Callable`): Divergence per token of two outputs, from `divergence.METRICS`.
+        metric (`Callable`): Divergence per token of two outputs, from `registry.METRICS`.
         cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
         seed (`int`): Seed of every random choice.
         processes (`Processes`): Who has the other batches; sums go over all of them.
