@@ -1,7 +1,8 @@
-"""What was chosen: which layers are condensed to which experts with which gates. One JSON file, no pickle."""
+"""Plans: which layers are condensed to which experts with which gates. One JSON file, no pickle."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,11 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import read_json, write_json
-from .checks import is_int, read_by_layer, read_flat_mapping, read_list, read_object, read_real, read_whole, short
+from .checks import (
+    is_int,
+    read_by_layer,
+    read_flat_mapping,
+    read_list,
+    read_mapping,
+    read_object,
+    read_real,
+    read_whole,
+    short,
+)
 from .config import FORMS
 from .reference import read_reference
 
 VERSION = 1
+PLAN_FILE = "condense_plan.json"
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,13 @@ class CondensePlan:
     # --- files ---
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready values."""
+        """Convert the plan to JSON-ready values."""
         by_layer = {name: _string_keys(getattr(self, name)) for name in ("layer_divergences", "layer_similarities")}
         return {"version": VERSION, **asdict(self), **by_layer}
 
     @classmethod
     def from_dict(cls, values: Any) -> CondensePlan:
-        """The inverse of `to_dict`.
+        """Make a plan from the values that `to_dict` returns.
 
         Raises:
             ValueError: naming the field, if anything is of a wrong type, unknown, doubled, not finite, or if the
@@ -181,24 +193,26 @@ class CondensePlan:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan as JSON; an existing file is replaced at once or not at all."""
+        """Write the plan as JSON; an existing file is replaced at once or not at all."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CondensePlan:
-        """Reads a plan that `save` wrote; `path` may also be a condensed checkpoint's folder.
+        """Read a plan that `save` wrote; `path` may also be a condensed checkpoint's folder.
 
         Raises:
             ValueError: if the file is no valid plan.
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if there is no such file, or the folder holds no plan.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"`plan` should be a CondensePlan or a path, but is a {type(path).__name__}.")
-        path = Path(path)
+        path, config = Path(path), None
         if path.is_dir():
-            path = path / "condense_plan.json"
+            path, config = path / PLAN_FILE, path / "config.json"
+            if not path.exists() and config.exists():  # a checkpoint that was saved without this package
+                path = config
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(_read_from_config(path) if path == config else read_json(path))
         except ValueError as error:
             raise ValueError(f"{path} is no valid condense plan: {error}") from error
 
@@ -211,14 +225,14 @@ class CondensePlan:
         layer_order: str | os.PathLike | Sequence[int],
         first_sparse_layer: int = 1,
     ) -> CondensePlan:
-        """Reads the result files that the paper's authors publish; see `cdmoe_plugin.reference.read_reference`."""
+        """Read the result files that the paper's authors publish; see `cdmoe_plugin.reference.read_reference`."""
         rows = read_reference(expert_weights, expert_order, layer_order, first_sparse_layer)
         return cls([CondensedLayer.from_dict(row, f"layer {row['layer']}") for row in rows])
 
     # --- use ---
 
     def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
-        """The plan for a smaller budget: its first layers, with at most `num_experts` experts. Needs no model.
+        """Cut the plan to a smaller budget: its first layers, with at most `num_experts` experts. Needs no model.
 
         Orders are nested, so the experts are those that a search for fewer would have chosen. The order of
         layers was found with more experts kept: `score` and `layer_divergences` are dropped where experts are.
@@ -255,9 +269,9 @@ class CondensePlan:
         return replace(self, layers=layers, config=config, layer_divergences=divergences)
 
     def as_trimming(self, form: str) -> CondensePlan:
-        """The plan with its layers dropped instead of condensed, in the same order: the paper's baselines.
+        """Make the plan that drops the same layers instead, in the same order: the paper's baselines.
 
-        Experts, gates and whatever was measured with them are left out; `truncate(num_layers=...)` cuts it further.
+        Experts, gates and the values measured with them are left out; `truncate(num_layers=...)` cuts it further.
 
         Args:
             form (`str`): "trim_layer" drops the layers' MLP sub-layers, "trim_block" the whole decoder layers.
@@ -288,7 +302,7 @@ class CondensePlan:
         return self if self.model is not None else replace(self, model=model)
 
     def check_fits(self, model: ModelShape) -> None:
-        """Checks that the plan can be applied to a model of these sizes.
+        """Check that the plan can be applied to a model of these sizes.
 
         Raises:
             ValueError: naming what differs, if it was made for another model or names layers or experts that are
@@ -318,6 +332,15 @@ class CondensePlan:
                     f"The plan keeps experts {beyond} of decoder layer {layer.layer}, which has "
                     f"{sparse[layer.layer].num_experts} (0 to {sparse[layer.layer].num_experts - 1})."
                 )
+
+
+def _read_from_config(path: Path) -> Any:
+    """Read the plan in a condensed checkpoint's config.json, which the code beside its weights keeps."""
+    condense_config = read_mapping(read_json(path), "config").get("condense_config")
+    plan = None if condense_config is None else read_mapping(condense_config, "condense_config").get("plan")
+    if plan is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.with_name(PLAN_FILE)))
+    return plan
 
 
 def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> CondensedLayer:

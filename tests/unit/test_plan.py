@@ -45,6 +45,23 @@ def test_save_and_load(tmp_path: Path) -> None:
         CondensePlan.load(tmp_path / "none.json")
 
 
+def test_a_checkpoint_with_its_plan_in_config_json_alone(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"condense_config": {"plan": PLAN.to_dict()}}))
+    assert CondensePlan.load(tmp_path) == PLAN
+    PLAN.truncate(num_layers=1).save(tmp_path / "condense_plan.json")
+    assert CondensePlan.load(tmp_path) == PLAN.truncate(num_layers=1)
+    (tmp_path / "condense_plan.json").unlink()
+    for values in ({}, {"condense_config": None}, {"condense_config": {"plan": None}}):
+        config.write_text(json.dumps(values))
+        with pytest.raises(FileNotFoundError, match=r"condense_plan\.json"):
+            CondensePlan.load(tmp_path)
+    for text in ("{", "[]", '{"condense_config": 1}', '{"condense_config": {"plan": []}}'):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is no valid condense plan"):
+            CondensePlan.load(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)
