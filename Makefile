@@ -11,7 +11,7 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-# What to run while writing: one part at a time, in under a minute.
+# The unit layer alone, to run while writing.
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
 

@@ -15,12 +15,11 @@ from transformers.models.auto import modeling_auto
 from ..atomic import replacing_files
 from ..cards.card import is_someones_card, write_model_card
 from ..offload import checkpoint_state
-from ..plan import CondensePlan
+from ..plan import PLAN_FILE, CondensePlan
 from . import layers_cdmoe, modeling_cdmoe
 from .bitsandbytes import settle_bitsandbytes
 from .modeling_cdmoe import PREFIX, CondensedModelMixin
 
-PLAN_FILE = "condense_plan.json"
 MODELING_FILE = "modeling_cdmoe.py"
 
 
@@ -64,11 +63,7 @@ class CheckpointMixin(CondensedModelMixin):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         self.config.auto_map = auto_map(type(self))
-        variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-        stale = re.compile(
-            rf"model{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|model\.safetensors\.index{re.escape(variant)}\.json"
-        )
-        with replacing_files(save_directory, stale, keep=is_someones_card) as folder:
+        with replacing_files(save_directory, _older_files(kwargs.get("variant")), keep=is_someones_card) as folder:
             for file in modeling_files(type(self)):
                 (folder / file.name).write_bytes(file.read_bytes())
             plan = (self.config.condense_config or {}).get("plan")
@@ -104,6 +99,13 @@ def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrai
             model_class = mapping[config_class]
             found[auto_name] = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
     return found
+
+
+def _older_files(variant: str | None) -> re.Pattern[str]:
+    """Match files that an earlier save may have left: shards, and the code for saving that version 0.1 wrote."""
+    ending = re.escape(f".{variant}") if variant else ""
+    weights = rf"model{ending}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+    return re.compile(rf"{weights}|model\.safetensors\.index{ending}\.json|saving_cdmoe\.py")
 
 
 def auto_map(model_class: Any) -> dict[str, str]:

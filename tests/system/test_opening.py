@@ -2,9 +2,7 @@
 
 import ast
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 from cdmoe_plugin import CondenseConfig, condense_pretrained
 from cdmoe_plugin.model.classes import condensed_model_class
 from cdmoe_plugin.model.modeling_deepseek import DeepseekConfig, DeepseekForCausalLM
+from tests.helpers.own_process import WITHOUT_PACKAGE, answer_of
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 IDS = random_ids()
@@ -35,12 +34,8 @@ before = set(sys.modules)
 import cdmoe_plugin
 found = {"imported": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}
 """
-WITHOUT_PACKAGE = """
-import json, sys
-sys.modules["cdmoe_plugin"] = None
-found = {}
-"""
 OPEN = """
+import json
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
@@ -76,6 +71,7 @@ found["offloaded"] = model.model.layers[3].mlp.gate_proj.weight.device.type
 answer()
 """
 AS_REMOTE_CODE = """
+found = {}
 for name in ("qwen2_moe", "granitemoeshared", "gpt_oss", "deepseek"):
     model = AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True)
     model.save_pretrained(root / "again" / name)
@@ -90,6 +86,7 @@ for name in ("qwen2_moe", "deepseek"):
 answer()
 """
 REFUSED = """
+found = {}
 for stdin in ("empty", "closed"):
     for name in ("qwen2_moe", "without auto_map"):
         for opener in (AutoModelForCausalLM, AutoModel, AutoConfig):
@@ -136,19 +133,9 @@ def edit_config(folder: Path, place: str, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def run(program: str, root: Path, tmp_path: Path) -> dict[str, Any]:
-    """What a program answers in a Python of its own, with a cache of its own and nothing to read."""
-    places = {"HF_HOME": tmp_path, "HF_MODULES_CACHE": tmp_path / "modules", "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": 1}
-    env = {**os.environ, **{name: str(value) for name, value in places.items()}}
-    command = [sys.executable, "-c", program, str(root)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 def test_with_the_package(root: Path, tmp_path: Path) -> None:
-    found = run(WITH_PACKAGE + OPEN + LOCALLY, root, tmp_path)
+    found = answer_of(WITH_PACKAGE + OPEN + LOCALLY, root, tmp_path)
     # Importing the package costs next to nothing: no architecture, and none of the libraries that only some need.
     assert found["imported"] == ["cdmoe_plugin", "cdmoe_plugin.model", "cdmoe_plugin.model.registration"]
     heavy = {"trl", "peft", "lm_eval", "datasets", "matplotlib", "bitsandbytes"}
@@ -174,12 +161,16 @@ def test_as_remote_code(root: Path, tmp_path: Path) -> None:
         shutil.copytree(root / name, repository / "snapshots" / COMMIT)
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(COMMIT)
-    found = run(WITHOUT_PACKAGE + OPEN + AS_REMOTE_CODE, root, tmp_path)
+    expected = load_file(root / "expected.safetensors")
+    found = answer_of(WITHOUT_PACKAGE + OPEN + AS_REMOTE_CODE, root, tmp_path)
     for name, prefix in NAMES.items():
         first, again, plan = found[name]
         for module, class_name, same in (first, again):
             assert (module.partition(".")[0], class_name) == ("transformers_modules", f"CDMoE{prefix}ForCausalLM")
             assert same
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(root / "again" / name)(expected["ids"]).logits
+        assert torch.equal(logits, expected[name])
         assert plan == json.loads((root / name / "condense_plan.json").read_text())
         for file in ("model.safetensors", "config.json", *CODE[name]):
             assert (root / "again" / name / file).read_bytes() == (root / name / file).read_bytes(), (name, file)
@@ -194,7 +185,7 @@ def test_as_remote_code(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_with_neither(root: Path, tmp_path: Path) -> None:
-    answers = run(WITHOUT_PACKAGE + OPEN + REFUSED, root, tmp_path)
+    answers = answer_of(WITHOUT_PACKAGE + OPEN + REFUSED, root, tmp_path)
     assert len(answers) == 12
     for case, said in answers.items():
         assert said.startswith("ValueError"), case
