@@ -13,14 +13,14 @@ from .model.registration import register as _register
 
 __version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:
-    from .api import apply_plan, condense_pretrained, search_plan
-    from .config import CondenseConfig
-    from .export.stock import export_stock
-    from .model.training import condensed_module_names, unfreeze_condensed
-    from .plan import CondensedLayer, CondensePlan
+if TYPE_CHECKING:  # a type checker does not follow `__getattr__`
+    from .api import apply_plan, condense_pretrained, search_plan  # noqa: F401
+    from .config import CondenseConfig  # noqa: F401
+    from .export.stock import export_stock  # noqa: F401
+    from .model.training import condensed_module_names, unfreeze_condensed  # noqa: F401
+    from .plan import CondensedLayer, CondensePlan  # noqa: F401
 
-_ROOMS = {
+_MODULES = {
     "CondenseConfig": "config",
     "CondensePlan": "plan",
     "CondensedLayer": "plan",
@@ -32,23 +32,13 @@ _ROOMS = {
     "unfreeze_condensed": "model.training",
 }
 
-__all__ = [
-    "CondenseConfig",
-    "CondensePlan",
-    "CondensedLayer",
-    "apply_plan",
-    "condense_pretrained",
-    "condensed_module_names",
-    "export_stock",
-    "search_plan",
-    "unfreeze_condensed",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(importlib.import_module(f".{_ROOMS[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What condensed models need of bitsandbytes."""
+"""Repairs to layers of bitsandbytes in condensed models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def settle_bitsandbytes(model: Any) -> None:
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4 bit layer's weights at its first forward pass in eval mode.
     That fails unless `out_features % 32 == 0` and `in_features % 64 == 0`, which a gate per token (one row) never has.
     Where it succeeds, no gradient passes through the layer any more, `dequantize()` returns other weights, and so does
-    opening what is saved without double quantisation. So the layers are told not to.
+    opening what is saved without double quantisation. So repacking is switched off.
 
     A checkpoint that was quantised when it was opened can't be saved again in transformers 5.17 to 5.23: their reader
     of quantised weights is noted as something to undo, and has no inverse. It needs none.

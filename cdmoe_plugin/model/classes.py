@@ -1,4 +1,4 @@
-"""The condensed classes of this package, made on first use; pickle and the auto classes find them in this module."""
+"""The condensed classes of this package, made on first use: where pickle and the auto classes look for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def __getattr__(name: str) -> Any:
     """Make `CDMoE<X>` for a config or model class `<X>` of transformers, or of DeepSeekMoE-16B's architecture."""
     if name.startswith(f"{PREFIX}Deepseek"):
         deepseek = importlib.import_module(".modeling_deepseek", __package__)
-        base = getattr(deepseek, name.removeprefix(PREFIX), None)
-        if base is not None:
-            return condensed_config_class(base) if name.endswith("Config") else condensed_model_class(base)
+        if hasattr(deepseek, name.removeprefix(PREFIX)):  # DeepSeek-V2 and later are transformers' own
+            return _classes.by_name(name, deepseek)
     return _classes.by_name(name)

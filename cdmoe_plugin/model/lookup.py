@@ -1,4 +1,4 @@
-"""Find the condensed layers of a model."""
+"""The condensed layers of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .layers_cdmoe import CondensedMLP, Trimmed
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
-    """The condensed MLPs of a condensed model by decoder layer, in the order of depth; none where they were trimmed.
+    """Map decoder layers to a condensed model's MLPs, in the order of depth; empty if the MLPs were trimmed.
 
     Raises:
         ValueError: if the model is not condensed.

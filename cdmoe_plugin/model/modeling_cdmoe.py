@@ -125,11 +125,9 @@ def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> di
         return None
     plan = dict(base_plan)
     layers = config.condense_config.get("condensed_layers") if isinstance(config.condense_config, Mapping) else None
-    specs = layers.values() if isinstance(layers, Mapping) else ()
+    specs = [spec for spec in layers.values() if isinstance(spec, Mapping)] if isinstance(layers, Mapping) else []
     # A trimmed MLP has nothing to split; a spec that is not valid is refused when the layers are made.
-    specs = [
-        s for s in specs if isinstance(s, Mapping) and isinstance(s.get("module"), str) and "shared_expert_gate" in s
-    ]
+    specs = [spec for spec in specs if isinstance(spec.get("module"), str) and "shared_expert_gate" in spec]
     for spec in sorted(specs, key=lambda spec: bool(spec["shared_expert_gate"])):
         place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
         if spec.get("router") is not None:  # in the place of other layers' experts: neither is split
@@ -153,15 +151,14 @@ class ClassFactory:
         self.module = module
         self.mixin = mixin
 
-    def by_name(self, name: str) -> Any:
-        """Make `CDMoE<X>` for a config or model class `<X>` of transformers, or of the module.
+    def by_name(self, name: str, architectures: Any = transformers) -> Any:
+        """Make `CDMoE<X>` for a config or model class `<X>` of transformers, or of the module `architectures`.
 
         Raises:
             AttributeError: if there is no such class.
         """
         if name.startswith(PREFIX):
-            base_name = name.removeprefix(PREFIX)
-            base = vars(sys.modules[self.module]).get(base_name) or getattr(transformers, base_name, None)
+            base = getattr(architectures, name.removeprefix(PREFIX), None)
             if isinstance(base, type) and issubclass(base, PreTrainedConfig):
                 return self.config_class(base)
             if isinstance(base, type) and issubclass(base, PreTrainedModel):
@@ -205,7 +202,7 @@ class ClassFactory:
         # Classification heads build their decoder by `AutoModel.from_config`, also where this file is a copy.
         decoders = AutoModel._model_mapping
         if base.config_class in decoders and config_class not in decoders:
-            decoder = decoders[base.config_class]
+            decoder: Any = decoders[base.config_class]
             decoder = decoder[0] if isinstance(decoder, (list, tuple)) else decoder
             AutoModel.register(config_class, made if decoder is base else self.model_class(decoder), exist_ok=True)
         return made

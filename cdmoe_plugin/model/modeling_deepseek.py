@@ -7,6 +7,7 @@ A copy of this file is saved beside the weights of condensed models, for `trust_
 package is not installed: it imports torch, transformers and `modeling_cdmoe`, which is copied too.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class DeepseekConfig(LlamaConfig):
         self.validate()  # as transformers' own configurations do when they are made
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
-        """Whether a decoder layer holds routed experts rather than a plain MLP.
+        """Tell whether a decoder layer holds routed experts rather than a plain MLP.
 
         Args:
             layer_idx (`int`): Index of the decoder layer, from 0.
@@ -266,7 +267,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*args: Any, **kwargs: Any) -> Any:
-        """As any model's, but one mask: Qwen2-MoE's config asks for one per kind of attention, and here all is full."""
+        """Make one mask: Qwen2-MoE's config asks for one per kind of attention, and here all is full."""
         masks = create_masks_for_generate(*args, **kwargs)
         return masks["full_attention"] if isinstance(masks, dict) else masks
 
@@ -311,4 +312,4 @@ _condensed = ClassFactory(__name__, CondensedModelMixin)
 
 def __getattr__(name: str) -> Any:
     """Make `CDMoEDeepseek<X>` for the class `Deepseek<X>`."""
-    return _condensed.by_name(name)
+    return _condensed.by_name(name, sys.modules[__name__])

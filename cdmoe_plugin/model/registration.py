@@ -1,7 +1,7 @@
 """Make transformers' auto classes know condensed models, and DeepSeekMoE-16B's architecture, on first use.
 
 Any of a hundred base architectures may have been condensed. Registering a class for each would import every
-modeling file of transformers, so the auto classes are told of a model type only when they first ask for it.
+modeling file of transformers, so a model type is registered when an auto class first looks it up.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _OnDemand(dict):
 
 
 def is_ours(model_type: object) -> bool:
-    """Whether a model type is "deepseek" (where transformers lacks it) or "cdmoe_" plus one that transformers knows."""
+    """Tell whether a model type is "deepseek" (if transformers lacks it) or "cdmoe_" plus one that it knows."""
     if not isinstance(model_type, str):
         return False
     base = model_type.removeprefix(MODEL_TYPE_PREFIX)
@@ -47,13 +47,13 @@ def is_ours(model_type: object) -> bool:
 
 
 def register() -> None:
-    """Hooks the model types of this package into `AutoConfig`; called at import, safe to call again."""
+    """Add the model types of this package to `AutoConfig`; called at import, safe to call again."""
     if not isinstance(_MAPPING._extra_content, _OnDemand):
         _MAPPING._extra_content = _OnDemand(_MAPPING._extra_content)
 
 
 def register_deepseek() -> None:
-    """Registers DeepSeekMoE-16B's own architecture (`model_type` "deepseek") with the auto classes."""
+    """Register DeepSeekMoE-16B's own architecture (`model_type` "deepseek") with the auto classes."""
     deepseek = importlib.import_module(".modeling_deepseek", __package__)
     AutoConfig.register(DEEPSEEK, deepseek.DeepseekConfig, exist_ok=True)
     for auto_name, model_class in (

@@ -1,4 +1,4 @@
-"""What a training script needs: only the condensed layers learn."""
+"""Parameters to train and modules to put LoRA on, so that only the condensed layers learn."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
-    """Sets `requires_grad` on the condensed layers' MLPs and on nothing else (CD-MoE, section 4.3).
+    """Set `requires_grad` on the condensed layers' MLPs and on nothing else (CD-MoE, section 4.3).
 
-    transformers' Trainer takes any model of which a part is quantised for one that can't be trained without adapters:
-    if the condensed layers were skipped when the model was quantised, set `model.is_quantized = False` for it.
+    transformers' Trainer refuses to train a model with any quantised layer unless it has adapters. If the condensed
+    layers were left out of the quantisation, set `model.is_quantized = False` before the Trainer is made.
 
     Returns:
         `list[str]`: Names of the parameters that will be trained, as in `model.named_parameters()`.
@@ -62,7 +62,7 @@ def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) 
 
 
 def condensed_module_names(model: PreTrainedModel) -> list[str]:
-    """Names of the condensed layers' projections (three, two without gates), for `LoraConfig(target_modules=...)`.
+    """List the condensed layers' projections (three each, two without gates) for `LoraConfig(target_modules=...)`.
 
     Raises:
         ValueError: if the model is not condensed, or its layers were trimmed.
@@ -74,7 +74,7 @@ def condensed_module_names(model: PreTrainedModel) -> list[str]:
 
 
 def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:
-    """Excepts the condensed layers of a model, and its head, from quantisation, so that they can be trained.
+    """Except the condensed layers of a model, and its head, from quantisation, so that they can be trained.
 
     Args:
         quantization_config (`BitsAndBytesConfig`): Changed in place, and returned.

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from cdmoe_plugin.model import modeling_deepseek as deepseek
+from cdmoe_plugin.model.classes import condensed_model_class
+from cdmoe_plugin.model.saving import modeling_files
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 # A config.json as the original release writes it, but tiny
@@ -228,8 +230,8 @@ def test_config():
 def test_copy_beside_weights_opens_as_custom_code(tmp_path, monkeypatch):
     folder = tmp_path / "with_code"
     write_checkpoint(folder, auto_map={"AutoConfig": "modeling_deepseek.DeepseekConfig"})
-    for name in ("modeling_deepseek.py", "modeling_cdmoe.py", "layers_cdmoe.py"):
-        shutil.copy(Path(str(deepseek.__file__)).with_name(name), folder)
+    for file in modeling_files(condensed_model_class(deepseek.DeepseekForCausalLM)):
+        shutil.copy(file, folder)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     get_class = dynamic_module_utils.get_class_from_dynamic_module
     model = get_class("modeling_deepseek.DeepseekForCausalLM", folder).from_pretrained(folder)
