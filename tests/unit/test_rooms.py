@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / NAME
 ROOMS = ["__init__", "scripts", "integrations", "api", "estimate", "adapter", "export", "recovery", "search", "loading"]
 ROOMS += ["condense", "decoder", "blocks", "model", "cards"]
 GROUND = ["plan", "config", "calibration", "data", "reference", "checks", "sizes", "atomic", "offload", "registry"]
-GROUND += ["divergence"]
+GROUND += ["metrics"]
 LEVELS = {room: level for level, room in enumerate(ROOMS)} | dict.fromkeys(GROUND, len(ROOMS))
 
 
