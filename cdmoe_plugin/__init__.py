@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .model.registration import register as _register
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # a type checker does not follow `__getattr__`
     from .api import apply_plan, condense_pretrained, search_plan  # noqa: F401

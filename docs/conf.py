@@ -32,7 +32,12 @@ smartquotes_action = "D"  # dashes; what stands in quotes is often a value
 maximum_signature_line_length = 88
 
 # Files of the repository's root that are also pages here. Links go to the files, so that they work in a checkout.
-ROOT_PAGES = {"README.md": "index.md", "BENCHMARKS.md": "benchmarks.md", "CHANGELOG.md": "changelog.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "BENCHMARKS.md": "benchmarks.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 
 
 def link_to_pages(app: Any, docname: str, source: list[str]) -> None:
