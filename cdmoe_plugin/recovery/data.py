@@ -1,26 +1,24 @@
-"""The two stages' training data, in the forms that TRL's SFTTrainer knows."""
+"""The two stages' training data, in the formats that TRL's SFTTrainer reads."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl import SFTConfig
 
 from ..data import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
-
 logger = logging.get_logger(__name__)
 
-# What a row may look like, and which further columns TRL reads beside these. The first that fits is used.
-_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
+# Columns that rows may have, and those that TRL reads beside them. The first that are all there are used.
+_COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("input_ids",): ("labels", "completion_mask", "assistant_masks"),
     ("messages",): ("tools", "chat_template_kwargs"),
     ("conversations",): ("tools", "chat_template_kwargs"),
@@ -28,10 +26,6 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("instruction", "output"): ("input",),
     ("text",): (),
 }
-_EXPECTED = (
-    "`text`; `prompt` and `completion`; `messages`; `instruction` and `output`, with or without `input` "
-    "(commonsense170k); or token ids as `input_ids`"
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ def load_stage_data(
     num_held_out: int = 512,
     seed: int = 42,
 ) -> StageData:
-    """Opens a stage's data and sets rows aside to measure on.
+    """Open a stage's data and set rows aside to measure on.
 
     Args:
         stage (`str`): "lm" or "sft"; names the options in error messages.
@@ -71,27 +65,24 @@ def load_stage_data(
     for option, number in ((f"{stage}_num_examples", num_examples), ("num_held_out", num_held_out)):
         if number is not None and number < 1:
             raise ValueError(f"`{option}` should be at least 1, but is {number}.")
+    name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
     # One process per machine reads and converts; the others find the result in the cache of `datasets`.
     with PartialState().local_main_process_first():
-        name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
         rows = _rows(stage, source, f"{stage}_dataset", seed)
         if len(rows) < 2:
             raise ValueError(f"`{stage}_dataset` {name} has {len(rows)} rows with text: at least two are needed.")
         if held_out is None:
             count = min(num_held_out, len(rows) // 10) or 1
-            measured, rows = rows.select(range(count)), rows.select(range(count, len(rows)))
+            measured, rows = rows.take(count), rows.skip(count)
         else:
-            measured = _rows(stage, held_out, f"{stage}_eval_dataset", seed)
-            measured = measured.select(range(min(num_held_out, len(measured))))
-        if num_examples is not None:
-            rows = rows.select(range(min(num_examples, len(rows))))
+            measured = _rows(stage, held_out, f"{stage}_eval_dataset", seed).take(num_held_out)
     if not len(measured):
         raise ValueError(f"`{stage}_eval_dataset` {held_out} has no row with text.")
-    return StageData(rows, measured, name)
+    return StageData(rows if num_examples is None else rows.take(num_examples), measured, name)
 
 
 def check_tokenizer(stage: str, data: StageData, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
-    """Says early what TRL would find only when it prepares a stage's data, which may be after another stage.
+    """Check early what TRL would find only when it prepares a stage's data, which may be after another stage.
 
     Raises:
         ValueError: if rows are chats and there is no chat template, or texts and there is no end-of-sequence token.
@@ -110,7 +101,7 @@ def check_tokenizer(stage: str, data: StageData, tokenizer: PreTrainedTokenizerB
 
 
 def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
-    """The rows of one source in random order, converted."""
+    """The rows of one source in random order, without those that have no text, in columns that TRL reads."""
     if source is None:
         dataset = open_hub(C4_NAME, stage, f"Pass `--{option}` a local file.", data_files={"train": C4_FILES})
     elif not isinstance(source, (str, os.PathLike)):
@@ -123,33 +114,26 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
         raise ValueError(f"`{option}` should be a Dataset, which can be drawn from; a {type(dataset).__name__} can't.")
     if dataset is None or not len(dataset):
         raise ValueError(f"`{option}` {source} is empty.")
-    dataset = dataset.shuffle(seed=seed)
-    form = next((form for form in _FORMS if set(form) <= set(dataset.column_names)), None)
-    if form is None:
-        raise ValueError(f"`{option}` {source} has the columns {dataset.column_names}; expected are {_EXPECTED}.")
-    dataset = dataset.select_columns([*form, *(c for c in _FORMS[form] if c in dataset.column_names)])
-    before = len(dataset)
-    dataset = _convert(dataset, form, option, source)
-    if len(dataset) < before:
-        logger.warning(f"{before - len(dataset)} of {before} rows of `{option}` {source} have no text and are dropped.")
-    return dataset
-
-
-def _convert(dataset: Dataset, form: tuple[str, ...], option: str, source: Any) -> Dataset:
-    """Drops rows without text, and gives commonsense170k's the columns `prompt` and `completion`."""
-    texts = [name for name in ("text", "instruction", "input", "output") if name in dataset.column_names]
+    needed = next((names for names in _COLUMNS if set(names) <= set(dataset.column_names)), None)
+    if needed is None:
+        raise ValueError(
+            f"`{option}` {source} has the columns {dataset.column_names}; expected are `text`; `prompt` and "
+            "`completion`; `messages`; `instruction` and `output`, with or without `input` (commonsense170k); or token "
+            "ids as `input_ids`."
+        )
+    further = [name for name in _COLUMNS[needed] if name in dataset.column_names]
+    dataset = dataset.shuffle(seed=seed).select_columns([*needed, *further])
+    texts = [name for name in ("text", "instruction", "output", "input") if name in dataset.column_names]
     for name in texts:
         kind = getattr(dataset.features[name], "dtype", type(dataset.features[name]).__name__)
         if kind not in ("string", "large_string", "null"):
             raise ValueError(f"Column `{name}` of `{option}` {source} should hold text, but holds {kind}.")
-    if form == ("text",):
-        return dataset.filter(lambda row: _has_text(row["text"]))
-    if form == ("instruction", "output"):
-        dataset = dataset.filter(lambda row: _has_text(row["instruction"]) and _has_text(row["output"]))
-        return dataset.map(to_prompt_and_completion, remove_columns=dataset.column_names)
-    if form == ("prompt", "completion"):
-        return dataset.filter(lambda row: bool(row["prompt"]) and bool(row["completion"]))
-    return dataset.filter(lambda row: bool(row[form[0]]))
+    has_content = _has_text if texts else bool
+    rows = dataset.filter(lambda row: all(has_content(row[name]) for name in needed))
+    if len(rows) < len(dataset):
+        dropped = f"{len(dataset) - len(rows)} of {len(dataset)} rows"
+        logger.warning(f"{dropped} of `{option}` {source} have no text and are dropped.")
+    return rows.map(to_prompt_and_completion, remove_columns=rows.column_names) if "instruction" in needed else rows
 
 
 def _has_text(value: str | None) -> bool:
@@ -157,7 +141,7 @@ def _has_text(value: str | None) -> bool:
 
 
 def to_prompt_and_completion(row: dict[str, Any]) -> dict[str, str]:
-    """A row of commonsense170k as `prompt` and `completion`.
+    """Turn a row of commonsense170k into `prompt` and `completion`.
 
     The completion starts with a space, so that tokens do not merge across the border between the two.
     """

@@ -24,7 +24,7 @@ from ..loading.load import check_whole
 from ..model.lookup import condensed_layers
 from ..plan import CondensePlan
 
-DistillationForm = Literal["logits", "blocks"]
+DistillationTarget = Literal["logits", "blocks"]
 # Tokens whose logits are in memory at once.
 _CHUNK = 512
 
@@ -36,12 +36,12 @@ class Distillation:
         model (`PreTrainedModel`): The condensed model; of a PEFT model, the one inside.
         blocks (`list[SparseBlock]`): The sparse blocks that condensed layers replaced, from the base model. They are
             moved to where the condensed layers are, also when these move later.
-        form (`str`): "logits": KL divergence of the next token's distributions, `KL(teacher || student)`, both softened
-            by the temperature. "blocks": at every condensed layer, the squared error between its output and the sparse
-            block's for the same input, relative to the sparse block's output, token by token, mean over layers. Each
-            layer learns from its own error only, so no gradient flows between layers.
+        target (`str`): "logits": KL divergence of the next token's distributions, `KL(teacher || student)`, both
+            softened by the temperature. "blocks": at every condensed layer, the squared error between its output and
+            the sparse block's for the same input, relative to the sparse block's output, token by token, mean over
+            layers. Each layer learns from its own error only, so no gradient flows between layers.
         weight (`float`, defaults to 0.5): Share w of distillation in the loss, `(1 - w) · LM + w · distillation`.
-        temperature (`float`, defaults to 1.0): T of the form "logits"; its loss is multiplied by T².
+        temperature (`float`, defaults to 1.0): T of the target "logits"; its loss is multiplied by T².
 
     Raises:
         ValueError: if an argument is out of range, if the blocks are not those that were condensed, or if what they
@@ -52,13 +52,13 @@ class Distillation:
         self,
         model: PreTrainedModel,
         blocks: list[SparseBlock],
-        form: str,
+        target: str,
         weight: float = 0.5,
         temperature: float = 1.0,
     ) -> None:
-        check_distillation(form, weight, temperature)
+        check_distillation(target, weight, temperature)
         self.model = model
-        self.form = form
+        self.target = target
         self.weight = weight
         self.temperature = temperature
         self.students = condensed_layers(model)
@@ -67,16 +67,16 @@ class Distillation:
         if missing:
             raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
-        if form == "blocks" and not all(block.follows_inputs for block in self.blocks.values()):
+        if target == "blocks" and not all(block.follows_inputs for block in self.blocks.values()):
             raise ValueError(
                 "`distillation` on 'blocks' needs what routers see among the inputs of the blocks; in "
-                f"{type(model).__name__}, the decoder layers have routers of their own. Use the form 'logits'."
+                f"{type(model).__name__}, the decoder layers have routers of their own. Use 'logits'."
             )
         for block in self.blocks.values():
             for module in block.modules:
                 module.eval().requires_grad_(False)
         self._follow()
-        self._scale = self._logit_scale() if form == "logits" else 1.0
+        self._scale = self._logit_scale() if target == "logits" else 1.0
 
     def _follow(self) -> None:
         """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
@@ -101,7 +101,7 @@ class Distillation:
             return hook
 
         with ExitStack() as stack:
-            if self.form == "logits":
+            if self.target == "logits":
                 stack.callback(decoder_of(self.model).register_forward_hook(keep("hidden")).remove)
             else:
                 for layer, mlp in self.students.items():
@@ -118,7 +118,7 @@ class Distillation:
         """
         predicts = torch.zeros_like(labels, dtype=torch.bool)
         predicts[:, :-1] = labels[:, 1:] != -100
-        if self.form == "logits":
+        if self.target == "logits":
             return self._logits_loss(seen["hidden"], inputs, predicts)
         return self._blocks_loss(seen, inputs, predicts)
 
@@ -170,7 +170,7 @@ class Distillation:
         if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ValueError(
                 f"`distillation` on logits needs logits that are the head's output times a constant; those of "
-                f"{type(self.model).__name__} are not. Use the form 'blocks'."
+                f"{type(self.model).__name__} are not. Use 'blocks'."
             )
         return 1.0 if abs(scale - 1.0) < 0.01 else scale
 
@@ -186,10 +186,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def check_distillation(form: str, weight: float, temperature: float) -> None:
+def check_distillation(target: str, weight: float, temperature: float) -> None:
     """Raises a `ValueError` that names the option which is out of range."""
-    if form not in get_args(DistillationForm):
-        raise ValueError(f"`distillation` should be one of {', '.join(get_args(DistillationForm))}, but is {form!r}.")
+    targets = get_args(DistillationTarget)
+    if target not in targets:
+        raise ValueError(f"`distillation` should be one of {', '.join(targets)}, but is {target!r}.")
     if not 0.0 < weight <= 1.0:
         raise ValueError(f"`distillation_weight` should be above 0 and at most 1, but is {weight}.")
     if not temperature > 0.0:

@@ -1,52 +1,48 @@
-"""One stage of recovery after the other: open, train, save, go on where an interrupted run stopped, and finish."""
+"""A stage of recovery: one run of one trainer in one folder, complete when its summary is there."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from ..atomic import replacing_files
+from ..atomic import STAGING, read_json, replacing_files, write_json
 from ..cards.card import is_someones_card
-from ..model.lookup import condensed_layers
 from .trainer import CondensedSFTTrainer
-from .weights import condensed_parameters, load_condensed_weights
+from .weights import load_condensed_weights
 
+logger = logging.get_logger(__name__)
+
+IDENTITY_FILE = "recipe.json"
 SUMMARY_FILE = "summary.json"
-TRAINER_STATE_FILE = "trainer_state.json"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# A run that goes on may end in another form than before.
+# All that a run leaves which failed before it made anything.
+_BEGINNING = re.compile(rf"\.?{re.escape(IDENTITY_FILE)}.*|{STAGING.pattern}")
+# A run that goes on may end with an adapter where it was merged before, or the other way round.
 _EARLIER_END = re.compile(r".*\.safetensors(\.index\.json)?|(adapter_)?config\.json")
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What a stage did.
+    """The outcome of a stage."""
 
-    Args:
-        stage (`str`): "lm" or "sft".
-        held_out_before (`float`): Mean loss per token of the stage's held-out rows before training, in nats.
-        held_out_after (`float`): The same after training.
-        tokens (`int`): Tokens seen in training, without padding, over all processes.
-        trained (`int`): Number of parameters that were trained.
-        parameters (`int`): Number of parameters of the model.
-        dropped_rows (`int`): Training rows that were dropped for their length.
-    """
-
-    stage: str
-    held_out_before: float
+    stage: str  # "lm" or "sft"
+    held_out_before: float  # mean loss per token of the held-out rows before training, in nats
     held_out_after: float
-    tokens: int
-    trained: int
+    tokens: int  # seen in training, without padding, over all processes
+    trained: int  # parameters
     parameters: int
-    dropped_rows: int
+    dropped_rows: int  # training rows that were dropped for their length
 
     def __str__(self) -> str:
         dropped = f", {self.dropped_rows:,} rows dropped for their length" if self.dropped_rows else ""
@@ -55,25 +51,115 @@ class StageSummary:
             f"{self.tokens:,} tokens seen, {self.trained:,} of {self.parameters:,} parameters trained{dropped}"
         )
 
-    @classmethod
-    def load(cls, folder: Path) -> StageSummary | None:
-        """The summary of a stage that is complete; None of one that is not."""
-        file = folder / SUMMARY_FILE
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Make a new or empty folder a run's own, or check that it is the one that is resumed. All processes call it.
+
+    Args:
+        output_dir (`Path`): The folder.
+        identity (`dict`): Settings that a run must share with the one that it goes on with.
+        resume (`bool`): Whether there may be something to go on with.
+
+    Raises:
+        ValueError: if the folder holds anything else.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        file = output_dir / IDENTITY_FILE
+        begun = output_dir.is_file() or any(not _BEGINNING.fullmatch(path.name) for path in output_dir.glob("*"))
+        if begun and not resume:
+            raise ValueError(
+                f"`--output_dir` {output_dir} is not an empty folder: choose another, or go on with the run in it by "
+                "`--resume_from_checkpoint true`."
+            )
+        identity = json.loads(json.dumps(identity))
+        before = read_json(file) if begun and file.is_file() else {}
+        changed = [name for name, value in identity.items() if name not in before or before[name] != value]
+        if begun and changed:
+            listed = "; ".join(f"{name} was {before.get(name)!r} and is {identity[name]!r}" for name in changed)
+            raise ValueError(f"`--output_dir` {output_dir} holds another run: {listed}.")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, identity)
+    state.wait_for_everyone()
 
 
-def run_stage(stage: str, trainer: CondensedSFTTrainer, checkpoint: Path | None = None) -> StageSummary:
-    """Trains, and writes weights, logs and summary to the trainer's `output_dir`, the summary last.
+def find_progress(
+    output_dir: Path, stages: Sequence[str], resume: str | bool | None
+) -> tuple[list[StageSummary], Path | None]:
+    """Read the summaries of the complete stages, and find the checkpoint at which the next one goes on, if any.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        stages (`Sequence[str]`): Names of all stages, in their order.
+        resume (`str` or `bool`, *optional*): "true" or None: the last checkpoint that is whole. A path: that one.
+
+    Raises:
+        ValueError: if the path is not a whole checkpoint of this run, or if what was trained after it is still there.
+    """
+    folders = [output_dir.resolve() / stage for stage in stages]
+    made = [Path(name) for folder in folders for name in (*sort_checkpoints(str(folder)), str(folder / SUMMARY_FILE))]
+    made = [path for path in made if path.exists()]
+    complete = takewhile(Path.is_file, (folder / SUMMARY_FILE for folder in folders))
+    done = [StageSummary(**read_json(file)) for file in complete]
+    here = [path for path in made if path.parent in folders[len(done) : len(done) + 1]]
+    if not resume or str(resume).lower() == "true":  # in a YAML file, `true` is no string
+        for path in reversed(here):
+            if _is_whole(path):
+                return done, path
+            logger.warning(f"The checkpoint {path} is not whole and is not used.")
+        return done, None
+    path = Path(str(resume)).resolve()
+    if path not in made or not _is_whole(path):
+        raise ValueError(
+            f"`--resume_from_checkpoint` {resume} should be `true`, or a whole checkpoint "
+            f"{output_dir}/<{' or '.join(stages)}>/checkpoint-<step>."
+        )
+    later = made[made.index(path) + 1 :]
+    if later or path not in here:
+        raise ValueError(
+            f"`--resume_from_checkpoint` {resume} is not where this run stopped. To go back to it, remove what was "
+            f"trained later: {', '.join(map(str, later))}."
+        )
+    return done, path
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, and with the optimiser.
+
+    `Trainer` writes trainer_state.json last. With `--save_only_model`, there is no random state, and no optimiser.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(checkpoint.glob("rng_state*.pth"))
+
+
+def run_stage(
+    stage: str, trainer: CondensedSFTTrainer, previous: Path | None = None, checkpoint: Path | None = None
+) -> StageSummary:
+    """Train, and write weights, logs and, last, a summary to the trainer's `output_dir`.
 
     Args:
         stage (`str`): Its name.
         trainer (`CondensedSFTTrainer`): With `eval_dataset`, and `eval_on_start=True` among its arguments.
-        checkpoint (`Path`, *optional*): Where to go on.
+        previous (`Path`, *optional*): Folder of the stage with whose result this one begins.
+        checkpoint (`Path`, *optional*): Checkpoint of this stage at which it goes on.
+
+    Raises:
+        ValueError: if the held-out loss is not finite.
     """
     folder = Path(str(trainer.args.output_dir))
+    if previous is not None:
+        trainer.load_result(previous)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.evaluate()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not math.isfinite(losses[0] + losses[-1]):
+        raise ValueError(
+            f"The held-out loss of {stage} should be finite, but is {losses[0]} before and {losses[-1]} after "
+            f"training. Lower `--{stage}_learning_rate`, or choose another `--dtype`."
+        )
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
@@ -90,83 +176,37 @@ def run_stage(stage: str, trainer: CondensedSFTTrainer, checkpoint: Path | None 
     if trainer.args.should_save:
         write_json(folder / SUMMARY_FILE, asdict(summary))
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
     return summary
 
 
-def open_stage_model(
-    start: str | os.PathLike, previous: Path | None, sharded: bool = False, **model_kwargs: Any
-) -> Any:
-    """A condensed checkpoint, with what an earlier stage of this run made of it.
+def finish(start: str | Path, output_dir: Path, done: Sequence[StageSummary], merge: bool, **model_kwargs: Any) -> None:
+    """Write the recovered checkpoint: `start` with what the last stage made of its condensed layers.
+
+    All other weights, the config and the dtype are those of `start`, also where it was quantised for training.
 
     Args:
-        start (`str` or `os.PathLike`): Hub name or folder of the condensed checkpoint.
-        previous (`Path`, *optional*): Folder of the stage before: condensed layers' weights, or an adapter.
-        sharded (`bool`, defaults to `False`): Whether FSDP or DeepSpeed will hold the weights; all keep one dtype then.
-        **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        ValueError: if the checkpoint is not condensed, or if the weights of the earlier stage do not fit.
-    """
-    model: Any = AutoModelForCausalLM.from_pretrained(start, **model_kwargs)
-    condensed_layers(model)
-    if previous is None:
-        return model
-    if (previous / _ADAPTER_FILES[0]).is_file():
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, previous, is_trainable=True)
-    if not sharded:  # the stage before trained in float32; so does the next
-        for parameter in condensed_parameters(model).values():
-            parameter.data = parameter.data.float()
-    load_condensed_weights(model, previous)
-    return model
-
-
-def finish(
-    start: str | os.PathLike,
-    output_dir: Path,
-    summaries: Sequence[StageSummary],
-    merge: bool = True,
-    **model_kwargs: Any,
-) -> None:
-    """Writes the recovered checkpoint: `start` with what the last stage made of its condensed layers.
-
-    All other weights, the config and the dtype are those of `start`, whatever they were trained around.
-
-    Args:
-        start (`str` or `os.PathLike`): The condensed checkpoint that the first stage began with.
+        start (`str` or `Path`): The condensed checkpoint that the first stage began with.
         output_dir (`Path`): Where to write to; the stages' folders are in it.
-        summaries (`Sequence[StageSummary]`): What each stage did; the config and the model card tell of it.
-        merge (`bool`, defaults to `True`): Whether an adapter is merged into the weights, or kept as an adapter of
-            `start`.
+        done (`Sequence[StageSummary]`): The stages' outcomes, for the config and the model card.
+        merge (`bool`): Whether an adapter is merged into the weights, or kept as an adapter of `start`.
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """
-    last = output_dir / summaries[-1].stage
+    last = output_dir / done[-1].stage
+    has_adapter = (last / ADAPTER_CONFIG_NAME).is_file()
     with replacing_files(output_dir, _EARLIER_END, keep=is_someones_card) as folder:
-        if (last / _ADAPTER_FILES[0]).is_file() and not merge:
-            for name in _ADAPTER_FILES:
+        if has_adapter and not merge:
+            for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
                 shutil.copyfile(last / name, folder / name)
         else:
             model: Any = AutoModelForCausalLM.from_pretrained(start, dtype="auto", **model_kwargs)
-            if (last / _ADAPTER_FILES[0]).is_file():
+            if has_adapter:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, last).merge_and_unload()
             else:
                 load_condensed_weights(model, last)
             earlier = model.config.condense_config.get("recovery") or []
-            model.config.condense_config["recovery"] = [*earlier, *(asdict(summary) for summary in summaries)]
+            model.config.condense_config["recovery"] = [*earlier, *map(asdict, done)]
             model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = unfinished(path)
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def unfinished(path: Path) -> Path:
-    """Where something is written before it gets its name."""
-    return path.with_name(f".{path.name}.unfinished")

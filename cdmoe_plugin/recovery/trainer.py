@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedModel
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..model.training import condensed_module_names, unfreeze_condensed
+from .distillation import Distillation
 from .weights import load_condensed_weights
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
-
-    from .distillation import Distillation
 
 logger = logging.get_logger(__name__)
 
@@ -54,26 +56,26 @@ class CondensedSFTTrainer(SFTTrainer):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
-        condensed = inside(model)
+        condensed: Any = unwrap_peft_model(model)
+        has_adapters = peft_config is not None or is_peft_model(model)
         self.distillation = distillation
         self.dropped_rows: dict[str, int] = {}
         self._held_out_sum = [0.0, 0.0]
         kwargs["peft_config"] = peft_config
-        if peft_config is not None:
-            if getattr(peft_config, "target_modules", None) is None:
-                peft_config.target_modules = condensed_module_names(condensed)  # type: ignore[attr-defined]
-        elif not is_peft(model):
+        if peft_config is not None and getattr(peft_config, "target_modules", None) is None:
+            peft_config.target_modules = condensed_module_names(condensed)  # type: ignore[attr-defined]
+        if not has_adapters:
             unfreeze_condensed(condensed)
-        with _trainable_although_quantised(model, has_adapters=peft_config is not None or is_peft(model)):
+        with _trainable_although_quantised(model, has_adapters):
             super().__init__(model, *args, **kwargs)
         if self.aux_loss_enabled and condensed.config.condense_config["all_condensed"]:
             raise ValueError("`router_aux_loss_coef` should be 0: all sparse layers are condensed, no router is left.")
         per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         self.train_dataset = fill_up(self.train_dataset, per_step)
         self.eval_dataset = fill_up(self.eval_dataset, self.args.eval_batch_size * self.accelerator.num_processes)
-        trained = [p for p in inside(self.model).parameters() if p.requires_grad]
+        trained = [p for p in self._inside.parameters() if p.requires_grad]
         self.num_trained = sum(p.numel() for p in trained)
-        self.num_parameters = inside(self.model).num_parameters()
+        self.num_parameters = self._inside.num_parameters()
         if not self.num_trained:
             raise ValueError("There is nothing to train: the condensed layers of this model have no parameters.")
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # these choose their own precision
@@ -106,27 +108,23 @@ class CondensedSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Counts the rows that TRL drops because no token to learn is left within `max_length`."""
+        """Prepare data as TRL does, and count the rows that it drops: nothing to learn is left in `max_length`."""
         rest = (formatting_func, dataset_name)
+        self.dropped_rows[dataset_name] = 0
+        if packing and args.packing_strategy != "bfd":  # which cuts rows and drops none
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         before = len(dataset) if hasattr(dataset, "__len__") else None
-        if packing and args.packing_strategy == "bfd":
-            # This strategy cuts rows at `max_length` as well, but keeps those in which nothing is left to learn.
-            dataset = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
-            after = None if before is None else len(dataset)
-            dataset = super()._prepare_dataset(dataset, processing_class, args, True, *rest)
-        else:
-            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-            after = before if packing or before is None else len(dataset)
-        if before is not None and after is not None:
-            self.dropped_rows[dataset_name] = before - after
-            if after < before:
-                logger.warning(
-                    f"{before - after} of {before} rows of the {dataset_name} data are dropped: nothing to learn is "
-                    f"left in their first {args.max_length} tokens. A larger `max_length` keeps them."
-                )
-            if not after:
-                raise ValueError(f"No row of the {dataset_name} data is left: set a larger `max_length`.")
-        return dataset
+        dataset = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
+        dropped = 0 if before is None else before - len(dataset)
+        if dropped:
+            self.dropped_rows[dataset_name] = dropped
+            logger.warning(
+                f"{dropped} of {before} rows of the {dataset_name} data are dropped: nothing to learn is left in "
+                f"their first {args.max_length} tokens. A larger `max_length` keeps them."
+            )
+        if dropped == before:
+            raise ValueError(f"No row of the {dataset_name} data is left: set a larger `max_length`.")
+        return super()._prepare_dataset(dataset, processing_class, args, True, *rest) if packing else dataset
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -139,7 +137,7 @@ class CondensedSFTTrainer(SFTTrainer):
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, but its loss is the mean over tokens, not over batches of unequal size."""
+        """Evaluate as `Trainer` does, but with the loss's mean over tokens, not over batches of unequal size."""
         self._held_out_sum = [0.0, 0.0]
         output = super().evaluation_loop(*args, **kwargs)
         total, tokens = self._held_out_sum
@@ -147,56 +145,57 @@ class CondensedSFTTrainer(SFTTrainer):
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / tokens
         return output
 
+    def load_result(self, folder: Path) -> None:
+        """Begin with the weights or the adapter that another stage of training saved."""
+        model: Any = self.model
+        if is_peft_model(model):
+            model.load_adapter(str(folder), "default", is_trainable=True)
+        else:
+            load_condensed_weights(self._inside, folder)
+        if getattr(self._inside, "is_quantized", False):  # as TRL rounds what is trained around quantised weights
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.bfloat16().float()
+
+    @property
+    def _inside(self) -> Any:
+        """The condensed model itself, of one that PEFT may have wrapped."""
+        return unwrap_peft_model(self.model)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._checkpoints_are_plain():
-            load_condensed_weights(inside(self.model), Path(resume_from_checkpoint))
+            load_condensed_weights(self._inside, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._checkpoints_are_plain():
-            load_condensed_weights(inside(self.model), Path(str(self.state.best_model_checkpoint)))
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     def _checkpoints_are_plain(self) -> bool:
-        """Whether checkpoints are what `save_pretrained` writes: not adapters, not sharded by FSDP or DeepSpeed."""
-        return not (is_peft(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        """Whether checkpoints are those of `save_pretrained`: no adapters, not sharded by FSDP or DeepSpeed."""
+        return not (is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 def fill_up(dataset: Any, multiple: int) -> Any:
-    """Adds rows without labels to a prepared dataset, so that its length is a multiple of the rows per step.
+    """Add rows without labels to a prepared dataset, so that its length is a multiple of the rows per step.
 
     The last step would otherwise see some rows twice if there are several processes, and so give another result than
     one process does. A dataset without a length, or None, is returned as it is.
     """
-    if not hasattr(dataset, "__len__") or isinstance(dataset, dict) or len(dataset) % multiple == 0:
+    if not isinstance(dataset, Dataset) or len(dataset) % multiple == 0:
         return dataset
-    from datasets import Dataset, concatenate_datasets
-
-    row = dataset[0]
-    one = {"input_ids": row["input_ids"][:1], "labels": [-100], "seq_lengths": [1]}
-    one = {name: one.get(name) for name in dataset.column_names}
-    rows = Dataset.from_list([one] * (-len(dataset) % multiple), features=dataset.features)
+    blank = {"input_ids": dataset[0]["input_ids"][:1], "labels": [-100], "seq_lengths": [1]}
+    row = {name: blank.get(name) for name in dataset.column_names}
+    rows = Dataset.from_list([row] * (-len(dataset) % multiple), features=dataset.features)
     return concatenate_datasets([dataset, rows])
-
-
-def is_peft(model: Any) -> bool:
-    """Whether a model is wrapped by PEFT."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def inside(model: Any) -> Any:
-    """The condensed model itself, of one that PEFT may have wrapped."""
-    return model.get_base_model() if is_peft(model) else model
 
 
 @contextmanager
 def _trainable_although_quantised(model: Any, has_adapters: bool) -> Iterator[None]:
-    """Lets `Trainer` accept a quantised model without adapters, of which `unfreeze_condensed` found weights to train.
-
-    It refuses all quantised models without adapters, for usually nothing in them could learn.
-    """
+    """Let `Trainer` accept a quantised model without adapters: `unfreeze_condensed` found weights to train in it."""
     hides = getattr(model, "is_quantized", False) and not has_adapters
     if hides:
         model.is_quantized = False

@@ -1,4 +1,4 @@
-"""What a stage of training hands on: the condensed layers' weights, and nothing else."""
+"""The condensed layers' weights, which are all that a stage of training hands on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def condensed_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load_condensed_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copies the condensed layers' weights from a checkpoint into a model, each in the dtype that it has there.
+    """Copy the condensed layers' weights from a checkpoint into a model, each in the dtype that it has there.
 
     Everything else of the checkpoint is ignored: recovery never changes it. `Trainer` would read all of it, under the
     names that modules have in memory and not on disk, and only warn where these differ.

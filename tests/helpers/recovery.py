@@ -51,7 +51,7 @@ def lm_rows(count: int = 40) -> list[dict[str, str]]:
 
 @cache
 def sft_rows(count: int = 40) -> list[dict[str, str]]:
-    """In the form of commonsense170k; of every fifth row, the question alone is longer than 32 tokens."""
+    """In the format of commonsense170k; of every fifth row, the question alone is longer than 32 tokens."""
     rng = random.Random(1)
     questions = [sentence(rng, 40 if i % 5 == 0 else rng.randrange(3, 15)) for i in range(count)]
     answers = [sentence(rng, rng.randrange(1, 6)) for _ in range(count)]

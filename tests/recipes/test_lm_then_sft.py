@@ -236,9 +236,9 @@ def test_checkpoint_keeps_its_dtype(place: Path, tmp_path: Path, lm_then_sft: Mo
     assert differing(state(start), state(recovered)) == trained_names(tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["logits", "blocks"])
-def test_distillation(form: str, place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
-    teacher = ("--distillation", form, "--teacher_name_or_path", place / "sparse", "--logging_steps", 1)
+@pytest.mark.parametrize("target", ["logits", "blocks"])
+def test_distillation(target: str, place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
+    teacher = ("--distillation", target, "--teacher_name_or_path", place / "sparse", "--logging_steps", 1)
     run(lm_then_sft, arguments(place, tmp_path / "out", *teacher))
     assert differing(weights(place / "condensed"), weights(tmp_path / "out")) == trained_names(tmp_path / "out")
     histories = [json.loads((tmp_path / "out" / s / "trainer_state.json").read_text()) for s in ("lm", "sft")]

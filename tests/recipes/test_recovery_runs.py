@@ -12,14 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cdmoe_plugin.recovery import (
-    check_tokenizer,
-    condensed_parameters,
-    find_progress,
-    load_stage_data,
-    open_stage_model,
-)
-from tests.helpers.recovery import condensed_model, lm_then_sft, run, sft_rows, word_tokenizer, write_data
+from cdmoe_plugin.recovery import condensed_parameters, load_stage_data
+from cdmoe_plugin.recovery.data import check_tokenizer
+from cdmoe_plugin.recovery.stages import find_progress
+from tests.helpers.recovery import condensed_model, lm_then_sft, make_trainer, run, sft_rows, word_tokenizer, write_data
 from tests.helpers.states import differing, state
 
 __all__ = ["lm_then_sft"]  # a fixture
@@ -72,7 +68,7 @@ def test_a_checkpoint_is_found_by_any_path_to_it(place: Path, tmp_path: Path, lm
     stop_after_one_step(tmp_path / "out")
     checkpoint = tmp_path / "out" / "lm" / "checkpoint-1"
     around = tmp_path / "out" / ".." / "out" / "lm" / "checkpoint-1"
-    assert find_progress(tmp_path / "out", ["lm"], str(around)).checkpoint == checkpoint.resolve()
+    assert find_progress(tmp_path / "out", ["lm"], str(around)) == ([], checkpoint.resolve())
     # One of a stage before which another is not complete is no place to go on.
     shutil.copytree(checkpoint, tmp_path / "out" / "sft" / "checkpoint-1")
     with pytest.raises(ValueError, match="not where this run stopped"):
@@ -159,13 +155,20 @@ def test_loss_before_is_that_before_the_first_step(place: Path, tmp_path: Path, 
     assert summary(tmp_path / "often" / "lm") == summary(tmp_path / "once" / "lm")
 
 
+def test_a_stage_that_diverges_is_not_complete(place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"held-out loss of lm should be finite.*`--lm_learning_rate`"):
+        run(lm_then_sft, arguments(place, tmp_path / "out", "--lm_learning_rate", 1e30))
+    assert not (tmp_path / "out" / "lm" / "summary.json").exists()
+
+
 def test_the_next_stage_begins_with_all_digits_of_the_last(tmp_path: Path) -> None:
     model = condensed_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "start")
     for parameter in condensed_parameters(model).values():
         parameter.data = parameter.data.float() * 1.001
     model.save_pretrained(tmp_path / "lm")
-    opened = open_stage_model(tmp_path / "start", tmp_path / "lm")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    make_trainer(opened, tmp_path / "sft").load_result(tmp_path / "lm")
     assert differing(*(dict(each.named_parameters()) for each in (model, opened))) == []
 
 
@@ -217,8 +220,8 @@ def test_revision_of_the_teacher(
     named: str | None, revision: str, place: Path, lm_then_sft: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {}
-    monkeypatch.setattr("cdmoe_plugin.recovery.load_teacher_blocks", lambda *_, **kwargs: asked.update(kwargs))
-    monkeypatch.setattr("cdmoe_plugin.recovery.Distillation", lambda *_: None)
+    monkeypatch.setattr(lm_then_sft, "load_teacher_blocks", lambda *_, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(lm_then_sft, "Distillation", lambda *_: None)
     more = ["--distillation", "blocks", "--model_revision", "v2"]
     more += [] if named is None else ["--teacher_name_or_path", named]
     given = [str(each) for each in arguments(place, place / "out", *more)]

@@ -106,12 +106,12 @@ def test_outputs_of_the_replaced_blocks(model_type: str) -> None:
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["logits", "blocks"])
-def test_training_with_a_teacher_changes_condensed_layers_alone(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["logits", "blocks"])
+def test_training_with_a_teacher_changes_condensed_layers_alone(target: str, tmp_path: Path) -> None:
     _, student, blocks = pair("qwen2_moe", [1, 3])
     teacher = {block.layer: state(block.module) for block in blocks}
     before = state(student)
-    distillation = Distillation(student, blocks, form, weight=1.0)
+    distillation = Distillation(student, blocks, target, weight=1.0)
     trainer = make_trainer(student, tmp_path, lm_rows()[:4], distillation=distillation)
     trainer.train()
     changed = set(differing(before, state(student)))
@@ -173,7 +173,7 @@ def test_logits_that_are_no_multiple_of_the_heads_output_are_refused(monkeypatch
         return output
 
     monkeypatch.setattr(student, "forward", capped)
-    with pytest.raises(ValueError, match="Use the form 'blocks'"):
+    with pytest.raises(ValueError, match="Use 'blocks'"):
         Distillation(student, blocks, "logits")
 
 

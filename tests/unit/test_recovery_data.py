@@ -1,4 +1,4 @@
-"""Training data: every form of rows that is read, and what is said of those that are not."""
+"""Training data: every format of rows that is read, and what is said of those that are not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_files(ending: str, tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b"}, ["prompt", "completion"]),
     ],
 )
-def test_forms_that_trl_knows(row: dict[str, Any], columns: list[str]) -> None:
+def test_formats_that_trl_knows(row: dict[str, Any], columns: list[str]) -> None:
     data = load_stage_data("sft", Dataset.from_list([row] * 10))
     assert data.train.column_names == columns
     assert (len(data.train), len(data.held_out)) == (9, 1)
@@ -105,7 +105,7 @@ def test_rows_without_text_are_dropped_and_said(caplog: pytest.LogCaptureFixture
         ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}),
     ],
 )
-def test_rows_without_content_are_dropped_in_every_form(row: dict[str, Any], empty: dict[str, Any]) -> None:
+def test_rows_without_content_are_dropped_in_every_format(row: dict[str, Any], empty: dict[str, Any]) -> None:
     data = load_stage_data("sft", Dataset.from_list([*[row] * 5, *[empty] * 3]))
     assert len(data.train) + len(data.held_out) == 5
 
