@@ -111,7 +111,9 @@ class CondensedSFTTrainer(SFTTrainer):
         """Prepare data as TRL does, and count the rows that it drops: nothing to learn is left in `max_length`."""
         rest = (formatting_func, dataset_name)
         self.dropped_rows[dataset_name] = 0
-        if packing and args.packing_strategy != "bfd":  # which cuts rows and drops none
+        # Packing by "bfd" cuts rows at `max_length` as well, but keeps those in which nothing is left to learn; these are
+        # dropped before. Other strategies neither cut nor drop.
+        if packing and args.packing_strategy != "bfd":
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         before = len(dataset) if hasattr(dataset, "__len__") else None
         dataset = super()._prepare_dataset(dataset, processing_class, args, False, *rest)
