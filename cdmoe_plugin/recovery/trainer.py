@@ -111,7 +111,7 @@ class CondensedSFTTrainer(SFTTrainer):
         """Prepare data as TRL does, and count the rows that it drops: nothing to learn is left in `max_length`."""
         rest = (formatting_func, dataset_name)
         self.dropped_rows[dataset_name] = 0
-        # Packing by "bfd" cuts rows at `max_length` as well, but keeps those in which nothing is left to learn; these are
+        # Packing by "bfd" cuts rows at `max_length` as well, but keeps those with nothing left to learn: they are
         # dropped before. Other strategies neither cut nor drop.
         if packing and args.packing_strategy != "bfd":
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
