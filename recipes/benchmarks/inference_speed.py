@@ -1,285 +1,304 @@
 """
-Tokens per second and memory of a sparse model and its condensed forms in prefill and decoding, beside what their shapes
-predict:
+Tokens per second and memory of a sparse model and its condensed forms, in prefill and decoding:
 
 python recipes/benchmarks/inference_speed.py
+python recipes/benchmarks/inference_speed.py --model_name_or_path Qwen/Qwen1.5-MoE-A2.7B --layers 3,6,9 --kept 0,4
 
-On an accelerator, the model has DeepSeekMoE-16B's real sizes and random weights (bfloat16; 33 GB, and 8 GB for the
-condensed forms, which share all other weights with it); on a CPU, it is an eighth as wide. All take turns, so that all
-see the same machine. Experts implementations that transformers offers are tried on the sparse model first, and the
-fastest one is used for each case, also in those layers of condensed models that are still sparse. Condensed are the
-first sparse layers; all have the same sizes. `--counts_only` prints what the shapes predict, with no device or weights.
+Without a checkpoint, the model has DeepSeekMoE-16B's real sizes and random weights on an accelerator (bfloat16; 33 GB,
+and 8 GB for the condensed forms, which share all other weights with it); on a CPU it is an eighth as wide. All models
+take turns, and speeds are ratios of the same round. The experts implementations of transformers are tried on the sparse
+model first, and the fastest one is used by all models. Condensed are the first sparse layers; all have the same sizes.
+What the shapes alone predict of decoding, which reads all weights and the cache once per step:
+
+python recipes/benchmarks/inference_speed.py --counts_only
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import shlex
+import copy
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import common
 import torch
-from inference_counts import ModelCounts, Work, count_model, expected_experts
-from inference_timing import Experts, Inference, Peaks, Seconds, Trial, condensed_twin
-from speed_models import DEEPSEEK_MOE_16B, build_model, default_device, memory_of, random_ids, where
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
+from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
+from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.cards.tables import format_table
+from cdmoe_plugin.integrations.measure import weight_bytes
 
-CPU_HIDDEN_SIZE = DEEPSEEK_MOE_16B.hidden_size // 8
 SPARSE = "sparse"
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+# It copies the weights of each token's experts, so that a prefill takes hundreds of times the layer's memory.
+DECODING_ONLY = "batched_mm"
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="a sparse checkpoint instead of random weights")
-    parser.add_argument("--hidden_size", type=int, help="of the random model; its other widths are in proportion")
-    parser.add_argument("--num_layers", type=int, help="decoder layers of the random model; the first is dense")
-    parser.add_argument("--experts", type=int, help="routed experts per layer of the random model")
-    parser.add_argument("--layers", type=numbers, default=[3, 6, 9, 12, 15], help="numbers of condensed layers")
-    parser.add_argument("--kept", type=numbers, default=[0, 6], help="numbers K of routed experts kept, of E(shared+K)")
-    parser.add_argument("--batch_sizes", type=numbers, default=[1, 8, 32])
-    parser.add_argument("--prompt_tokens", type=int, help="per sequence; by default 512, on a CPU 64")
-    parser.add_argument("--new_tokens", type=int, help="per sequence; by default 32, on a CPU 16")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each model; medians are given")
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--dtype", help="by default bfloat16, on a CPU float32")
-    parser.add_argument("--attn_implementation", default="sdpa", help="of all models alike")
-    parser.add_argument(
-        "--experts_implementations",
-        type=lambda text: text.split(","),
-        default=["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())],
-        help="those to try; by default all that transformers offers",
-    )
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        const="inductor",
-        metavar="BACKEND",
-        help="compile the decoding steps of all models, with a static cache; takes a minute per model and batch size",
-    )
-    parser.add_argument("--counts_only", action="store_true", help="only what the shapes predict")
-    parser.add_argument("--output", type=Path, help="Markdown file to write what is printed to, as it comes")
+    common.add_model_arguments(parser)
+    common.add_device_arguments(parser)
+    add = parser.add_argument
+    add("--model_name_or_path", help="a sparse checkpoint instead of random weights")
+    add("--layers", type=common.numbers, default=[3, 6, 9, 12, 15], help="numbers of condensed layers")
+    add("--kept", type=common.numbers, default=[0, 6], help="numbers K of routed experts kept, of E(shared+K)")
+    add("--batch_sizes", type=common.numbers, default=[1, 8, 32], help="sequences at a time, such as 1,8,32")
+    add("--prompt_tokens", type=int, help="tokens of each prompt (512; on a CPU 64)")
+    add("--new_tokens", type=int, help="tokens decoded after each prompt (32; on a CPU 16)")
+    add("--repeats", type=int, default=5, help="rounds, of which medians are given")
+    add("--attn_implementation", default="sdpa", help="attention of all models")
+    add("--experts_implementations", type=common.words, help="those to try (all of transformers)")
+    backend = {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
+    add("--compile", **backend, help="compile decoding with a static cache; a minute per model and batch size")
+    add("--counts_only", action="store_true", help="print only what the shapes predict")
     args = parser.parse_args(given)
-    args.command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if given is None else given)])
-    small = args.device.type == "cpu" and not args.counts_only
-    if args.model_name_or_path and any((args.hidden_size, args.num_layers, args.experts)):
+    if args.model_name_or_path and (args.hidden_size or args.num_layers or args.experts):
         parser.error("--hidden_size, --num_layers and --experts are of the random model: a checkpoint has its own")
+    small = args.device.type == "cpu" and not args.counts_only
     if small and not args.model_name_or_path:
-        args.hidden_size = args.hidden_size or CPU_HIDDEN_SIZE
+        args.hidden_size = args.hidden_size or common.DEEPSEEK_MOE_16B["hidden_size"] // 8
     args.prompt_tokens = args.prompt_tokens or (64 if small else 512)
     args.new_tokens = args.new_tokens or (16 if small else 32)
     args.dtype = getattr(torch, args.dtype or ("float32" if small else "bfloat16"))
-    counted = (*args.layers, *args.batch_sizes, args.prompt_tokens, args.new_tokens, args.repeats)
-    if min(counted) < 1 or min(args.kept) < 0:
-        parser.error("--layers, --batch_sizes, --prompt_tokens, --new_tokens and --repeats are from 1, --kept from 0")
+    args.context = args.prompt_tokens + (args.new_tokens + 1) / 2  # mean number of tokens that a new one attends to
+    args.experts_implementations = args.experts_implementations or [
+        "eager",
+        *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys()),
+    ]
     return args
 
 
-def model_config(args: argparse.Namespace) -> Any:
-    if args.model_name_or_path:
-        return AutoConfig.from_pretrained(args.model_name_or_path)
-    return DEEPSEEK_MOE_16B.changed(args.hidden_size, args.num_layers, args.experts).config()
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model (`total`), and how often a forward pass reads them.
 
-
-def open_model(args: argparse.Namespace, config: Any) -> Any:
-    options = {"attn_implementation": args.attn_implementation}
-    if not args.model_name_or_path:
-        return build_model(config, args.device, args.dtype, **options)
-    options |= {"dtype": args.dtype, "device_map": str(args.device)}
-    return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).eval()
-
-
-def budgets(args: argparse.Namespace, config: Any) -> dict[str, tuple[int, int]]:
-    """Condensed layers and kept experts of every model that is measured, by its name."""
-    shared = getattr(config, "n_shared_experts", None) or "shared"
-    return {f"E({shared}+{kept}) L{n}": (n, kept) for kept in args.kept for n in args.layers}
-
-
-def count_all(args: argparse.Namespace, config: Any) -> dict[str, ModelCounts]:
-    """What the shapes predict of every model.
-
-    Raises:
-        ValueError: if the model has too few sparse layers or experts.
+    A token reads one row of `hidden` of the embedding and writes `cache` numbers; `always` is read for every token.
+    Each of `sparse` layers also has a `router` and `num_experts` experts of `expert` parameters, `top_k` per token.
     """
-    sparse = count_model(build_model(config, torch.device("meta"), args.dtype))
-    if max(args.layers) > len(sparse.sparse):
-        raise ValueError(f"`layers` asks for {max(args.layers)}, but the model has {len(sparse.sparse)} sparse layers.")
-    plans = {name: (sorted(sparse.sparse)[:n], kept) for name, (n, kept) in budgets(args, config).items()}
-    return {SPARSE: sparse, **{name: sparse.condensed(*plan) for name, plan in plans.items()}}
+
+    total: int
+    hidden: int
+    always: int
+    cache: int
+    sparse: int
+    router: int
+    expert: int
+    num_experts: int
+    top_k: int
+
+    def condensed(self, layers: int, kept: int) -> Counts:
+        """Count again after `layers` sparse layers are condensed to the shared and `kept` routed experts."""
+        gone = layers * (self.router + (self.num_experts - kept) * self.expert)
+        always = self.always + layers * kept * self.expert
+        return replace(self, total=self.total - gone, always=always, sparse=self.sparse - layers)
+
+    def weights_read(self, tokens: int) -> float:
+        """Count what a pass of `tokens` tokens reads, by uniform routing: they choose N (1 - (1 - k/N)^T) experts."""
+        experts = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+        return tokens * self.hidden + self.always + self.sparse * (self.router + experts * self.expert)
+
+    def step(self, batch: int, context: float) -> float:
+        """Count weights and cache entries that a decoding step of `batch` sequences of `context` tokens reads."""
+        return self.weights_read(batch) + batch * context * self.cache
 
 
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:#.3g} GB" if number < 99.95e9 else f"{number / 1e9:.0f} GB"
-
-
-def context(args: argparse.Namespace) -> float:
-    """How many tokens a decoding step sees in the mean, its own included."""
-    return args.prompt_tokens + (args.new_tokens + 1) / 2
-
-
-def counts_table(args: argparse.Namespace, counts: Mapping[str, ModelCounts]) -> str:
-    width = args.dtype.itemsize
-    rows = []
-    for name, count in counts.items():
-        steps = [count.step(batch, context(args)) for batch in args.batch_sizes]
-        rows.append(
-            (
-                name,
-                f"{count.total:,}",
-                gigabytes(count.total * width),
-                f"{count.active:,}",
-                f"{count.prefill(1, args.prompt_tokens).flops / args.prompt_tokens / 1e9:#.3g}",
-                *(gigabytes(step.bytes_read(width)) for step in steps),
-            )
-        )
-    reads = [f"read per step, batch {batch}" for batch in args.batch_sizes]
-    return format_table(["model", "parameters", "weights", "active per token", "prefill GFLOP per token", *reads], rows)
-
-
-def work(args: argparse.Namespace, count: ModelCounts, phase: str, batch: int) -> Work:
-    return count.prefill(batch, args.prompt_tokens) if phase == "prefill" else count.step(batch, context(args))
-
-
-def speed_table(
-    args: argparse.Namespace,
-    counts: Mapping[str, ModelCounts],
-    phase: str,
-    inference: Inference,
-    seconds: Mapping[str, Sequence[Seconds]],
-    peaks: Mapping[str, Peaks | None],
-) -> str:
-    """One phase of one batch size: "prefill" or "decoding"."""
-    batch = inference.ids.shape[0]
-    tokens = inference.prompt_tokens if phase == "prefill" else inference.new_tokens
-    base = [getattr(s, phase) for s in seconds[SPARSE]]
-    wanted = work(args, counts[SPARSE], phase, batch)
-    width = args.dtype.itemsize
-    rows = []
-    for name, runs in seconds.items():
-        times = [getattr(s, phase) for s in runs]
-        ratios = [sparse / time for sparse, time in zip(base, times, strict=True)]
-        needed = work(args, counts[name], phase, batch)
-        peak = peaks[name]
-        rows.append(
-            (
-                name,
-                f"{tokens / statistics.median(times):,.1f}",
-                f"{statistics.median(ratios):.2f}x",
-                f"{min(ratios):.2f}-{max(ratios):.2f}",
-                f"{wanted.flops / needed.flops:.2f}x",
-                f"{wanted.bytes_read(width) / needed.bytes_read(width):.2f}x",
-                gigabytes(counts[name].total * width),
-                "" if peak is None else gigabytes(getattr(peak, phase)),
-            )
-        )
-    header = ["model", "tokens/s", "speed", "of single turns", "by operations", "by bytes", "weights", "peak memory"]
-    return format_table(header, rows)
-
-
-def trial_table(inference: Inference, trial: Trial) -> str:
-    rows = []
-    for name, s in trial.seconds.items():
-        prefill = "" if s.prefill == float("inf") else f"{inference.prompt_tokens / s.prefill:,.1f}"
-        rows.append((name, prefill, f"{inference.new_tokens / s.decoding:,.1f}"))
-    return format_table(["experts of the sparse model", "prefill tokens/s", "decoding tokens/s"], rows)
-
-
-def routes(counts: ModelCounts, chosen: Mapping[int, int], batch: int) -> str:
-    """How many experts a decoding step reads, expected and counted."""
-    shape = next(iter(counts.sparse.values()))
-    expected = expected_experts(shape.num_experts, shape.top_k, batch)
-    counted = statistics.mean(chosen.values())
-    return (
-        f"By uniform routing, a decoding step chooses {expected:.1f} of {shape.num_experts} experts per layer; the "
-        f"last one chose {counted:.1f}."
+def count(model: Any) -> Counts:
+    """Count a sparse model on any device, also on "meta"; its sparse layers should have the same sizes."""
+    config = model.config.get_text_config()
+    named = dict(model.named_parameters())
+    sparse = {name.partition(".experts.")[0] + "." for name in named if ".experts." in name}
+    experts = [p for name, p in named.items() if ".experts." in name]
+    routers = [p for n, p in named.items() if n.startswith(tuple(sparse)) and "expert" not in n and "shared" not in n]
+    embedding, head = (module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    total, apart = model.num_parameters(), sum(p.numel() for p in (*experts, *routers))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Counts(
+        total=total,
+        hidden=config.hidden_size,
+        always=total - apart - (0 if head is embedding else embedding.numel()),
+        cache=config.num_hidden_layers * 2 * heads * width,
+        sparse=len(sparse),
+        router=sum(p.numel() for p in routers) // len(sparse),
+        expert=sum(p.numel() for p in experts) // len(sparse) // len(experts[0]),
+        num_experts=len(experts[0]),
+        top_k=config.num_experts_per_tok,
     )
 
 
-class Page:
-    """Markdown that is printed, and written to a file if there is one, as it comes."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.parts: list[str] = []
-
-    def add(self, text: str) -> None:
-        print(text, end="\n\n", flush=True)
-        self.parts.append(text)
-        if self.path is not None:
-            self.path.write_text("\n\n".join(self.parts) + "\n", encoding="utf-8")
+def condensed_twin(model: Any, layers: Sequence[int], kept: int) -> Any:
+    """Condense a copy of a model that shares all other weights; which experts are kept has no effect on speed."""
+    plan = CondensePlan([CondensedLayer(layer, list(range(kept)), [0.1] * kept) for layer in layers])
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return apply_plan(copy.deepcopy(model, shared), plan)
 
 
-def headline(args: argparse.Namespace, config: Any, counts: ModelCounts) -> str:
-    """What the figures must be read with, in one line."""
-    shape = next(iter(counts.sparse.values()))
-    measured = [f"attention {args.attn_implementation}", f"medians of {args.repeats}"]
-    measured += [f"decoding steps compiled by {args.compile}"] if args.compile else []
-    parts = [
-        str(datetime.date.today()),
-        "no device: counted from shapes" if args.counts_only else where(args.device),
-        str(args.dtype).removeprefix("torch."),
-        f"{args.model_name_or_path or 'random weights'} ({config.model_type}): {config.num_hidden_layers} layers, of "
-        f"them {len(counts.sparse)} sparse, hidden size {config.hidden_size}, {shape.num_experts} experts, "
-        f"{shape.top_k} per token",
-        f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones per sequence",
-        *([] if args.counts_only else measured),
-        f"`{args.command}`",
-    ]
-    return "; ".join(parts)
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one prefill and of decoding after it, and the peaks of bytes that were allocated since the start."""
+
+    prefill: float
+    decoding: float
+    prefill_peak: int | None = None
+    decoding_peak: int | None = None
 
 
-def measure_batch(
-    args: argparse.Namespace, page: Page, models: Mapping[str, Any], counts: Mapping[str, ModelCounts], batch: int
-) -> None:
-    sparse = models[SPARSE]
-    ids = random_ids(sparse.config.vocab_size, batch, args.prompt_tokens + args.new_tokens)
-    inference = Inference(sparse, ids, args.prompt_tokens, args.compile)
-    trial = inference.try_experts(sparse, args.experts_implementations, args.repeats)
-    page.add(f"### Batch {batch}\n\n{trial_table(inference, trial)}")
-    if trial.failed:
-        page.add("Not available: " + "; ".join(f"{name} ({why})" for name, why in trial.failed.items()) + ".")
-    experts: Experts = trial.fastest()
-    page.add(routes(counts[SPARSE], inference.chosen_experts(sparse), batch))
-    peaks = {name: inference.peaks(model, experts) for name, model in models.items()}
-    seconds = inference.take_turns(models, experts, args.repeats)
-    for phase in ("prefill", "decoding"):
-        table = speed_table(args, counts, phase, inference, seconds, peaks)
-        page.add(f"{phase.capitalize()}, batch {batch}, experts by {getattr(experts, phase)}:\n\n{table}")
+class Inference:
+    """Prefill and decoding of one batch of token ids `[batch, prompt + new]`, of which `prompt` are the prompt.
+
+    Decoding is one forward pass per new token with the cache of all before. The new tokens are given, not the model's
+    own choice: a random model soon repeats itself, and sequences that say the same would share their experts. With a
+    `backend` such as "inductor", decoding steps are compiled, and the cache is static.
+    """
+
+    def __init__(self, model: Any, ids: torch.Tensor, prompt: int, backend: str | None = None) -> None:
+        self.device, self.ids, self.prompt, self.backend = model.device, ids.to(model.device), prompt, backend
+        self.places = torch.arange(ids.shape[1], device=self.device)[:, None, None]
+        # One for all models: it is filled anew in each run, and a compiled step keeps its address.
+        self.cache = StaticCache(config=model.config, max_cache_len=ids.shape[1]) if backend else None
+        self.steps: dict[tuple[int, str], Callable[..., Any]] = {}
+
+    @torch.no_grad()
+    def run(self, model: Any, prefill: str, decoding: str, compiled: bool = True) -> Run:
+        """Run the prompt and every new token, with an experts implementation for each phase."""
+        memory, cache = common.memory_of(self.device), self.cache if compiled else None
+        before = 0 if memory is None else memory.memory_allocated(self.device)
+        if cache is not None:
+            cache.reset()
+        model.set_experts_implementation(prefill)
+        prompt = partial(model, input_ids=self.ids[:, : self.prompt], past_key_values=cache, use_cache=True)
+        output, first, peak = common.timed(self.device, lambda: prompt(logits_to_keep=1))
+        model.set_experts_implementation(decoding)
+        step = self.compiled(model, decoding) if cache is not None else model
+        _, second, later = common.timed(self.device, lambda: self.decode(step, output.past_key_values))
+        peaks = (None, None) if peak is None or later is None else (peak - before, later - before)
+        return Run(first, second, *peaks)
+
+    def decode(self, step: Callable[..., Any], cache: Any) -> None:
+        """Call `step` once for each new token."""
+        for at in range(self.prompt, self.ids.shape[1]):
+            ids = self.ids[:, at : at + 1]
+            step(input_ids=ids, position_ids=self.places[at], past_key_values=cache, use_cache=True)
+
+    def compiled(self, model: Any, experts: str) -> Callable[..., Any]:
+        """Return the forward pass of a model, compiled whole or not at all; for each experts implementation anew."""
+        if (id(model), experts) not in self.steps:
+            # A CUDA graph per step: without it, a GPU waits for Python.
+            options = {"mode": "reduce-overhead" if self.backend == "inductor" else None, "isolate_recompiles": True}
+            compiled = torch.compile(model.forward, backend=self.backend, fullgraph=True, dynamic=False, **options)
+            self.steps[id(model), experts] = compiled
+        return self.steps[id(model), experts]
+
+    def try_experts(self, model: Any, names: Sequence[str], repeats: int) -> tuple[str, str, dict[str, str]]:
+        """Find the sparse model's fastest experts implementations for prefill and decoding, and why others failed.
+
+        Raises:
+            RuntimeError: if none could run a prefill.
+        """
+        prefill: dict[str, float] = {}
+        decoding: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        for name in sorted(names, key=lambda name: name == DECODING_ONLY):
+            try:
+                first = min(prefill, key=prefill.__getitem__, default=name) if name == DECODING_ONLY else name
+                runs = [self.run(model, first, name) for _ in range(repeats + 1)][1:]
+            # A kernel from the hub may fail in any way: not installed, not for this dtype, out of memory.
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error!s:.120}"
+                continue
+            decoding[name] = statistics.median(run.decoding for run in runs)
+            if name != DECODING_ONLY:
+                prefill[name] = statistics.median(run.prefill for run in runs)
+        if not prefill:
+            raise RuntimeError(f"No experts implementation could run a prefill: {failed}.")
+        return min(prefill, key=prefill.__getitem__), min(decoding, key=decoding.__getitem__), failed
+
+
+def counts_table(args: argparse.Namespace, counts: dict[str, Counts]) -> str:
+    """Format what the shapes predict of every model."""
+    width, rows = args.dtype.itemsize, []
+    for name, c in counts.items():
+        reads = [common.gigabytes(width * c.step(batch, args.context)) for batch in args.batch_sizes]
+        rows.append((name, f"{c.total:,}", common.gigabytes(c.total * width), f"{c.weights_read(1):,.0f}", *reads))
+    steps = [f"read per step, batch {batch}" for batch in args.batch_sizes]
+    return format_table(["model", "parameters", "weights", "active per token", *steps], rows)
+
+
+def measure_batch(args: argparse.Namespace, models: dict[str, Any], counts: dict[str, Counts], batch: int) -> list[Any]:
+    """Measure one batch size; print its tables and return their rows."""
+    config = models[SPARSE].config.get_text_config()
+    ids = common.random_ids(config.vocab_size, batch, args.prompt_tokens + args.new_tokens)
+    inference = Inference(models[SPARSE], ids, args.prompt_tokens, args.compile)
+    *experts, failed = inference.try_experts(models[SPARSE], args.experts_implementations, args.repeats)
+    # Without the static cache and the graphs that compiled models share, so that each one's own memory is counted.
+    peaks = {name: inference.run(model, *experts, compiled=False) for name, model in models.items()}
+    turns = common.take_turns({n: partial(inference.run, m, *experts) for n, m in models.items()}, args.repeats)
+    print(f"### Batch {batch}\n\nExperts implementations not available: {failed or 'none'}\n")
+    found = []
+    lengths = {"prefill": args.prompt_tokens, "decoding": args.new_tokens}
+    for (phase, length), used in zip(lengths.items(), experts, strict=True):
+        seconds = {name: [getattr(run, phase) for run in runs] for name, runs in turns.items()}
+        rows = []
+        for name, times in seconds.items():
+            ratios = common.paired_ratios(seconds[SPARSE], times)
+            speed, middle = batch * length / statistics.median(times), statistics.median(ratios)
+            peak = getattr(peaks[name], f"{phase}_peak")
+            peak = None if peak is None else peak + weight_bytes(models[name])
+            row = {"batch": batch, "phase": phase, "model": name, "experts": used, "tokens_per_second": speed}
+            found.append({**row, "ratio": middle, "ratios": ratios, "peak_memory_bytes": peak})
+            single = f"{min(ratios):.2f}-{max(ratios):.2f}"
+            predicted = counts[SPARSE].step(batch, args.context) / counts[name].step(batch, args.context)
+            by_bytes = f"{predicted:.2f}x" if phase == "decoding" else ""
+            rows.append((name, f"{speed:,.1f}", f"{middle:.2f}x", single, by_bytes, common.gigabytes(peak)))
+        table = format_table(["model", "tokens/s", "speed", "single turns", "by bytes", "peak memory"], rows)
+        print(f"{phase.capitalize()}, batch {batch}, experts by {used}:\n\n{table}\n", flush=True)
     if args.compile:
         torch.compiler.reset()
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> None:
     args = parse_arguments(given)
     logging.set_verbosity_error()
-    config = model_config(args)
-    counts = count_all(args, config)
-    page = Page(args.output)
-    page.add(headline(args, config, counts[SPARSE]))
-    page.add(f"### Counted from the shapes\n\n{counts_table(args, counts)}")
+    if args.model_name_or_path:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+    else:
+        config = common.deepseek_config(common.DEEPSEEK_MOE_16B, args.hidden_size, args.num_layers, args.experts)
+    first = count(common.build_model(config, torch.device("meta"), args.dtype))
+    if max(args.layers) > first.sparse:
+        raise ValueError(f"`layers` asks for {max(args.layers)}, but the model has {first.sparse} sparse layers.")
+    if max(args.kept) > first.num_experts:
+        raise ValueError(f"`kept` asks for {max(args.kept)}, but each layer has {first.num_experts} routed experts.")
+    shared = getattr(config, "n_shared_experts", None) or "shared"
+    budgets = {f"E({shared}+{kept}) L{n}": (n, kept) for kept in args.kept for n in args.layers}
+    counts = {SPARSE: first, **{name: first.condensed(*budget) for name, budget in budgets.items()}}
+    where = "no device: counted from shapes" if args.counts_only else common.where(args.device)
+    print(
+        f"{where}; {str(args.dtype).removeprefix('torch.')}; {args.model_name_or_path or 'random weights'} "
+        f"({config.model_type}): {first.sparse} sparse layers, hidden size {first.hidden}, {first.num_experts} "
+        f"experts, {first.top_k} per token; {args.prompt_tokens} prompt tokens and {args.new_tokens} new ones per "
+        f"sequence\n\n### Counted from the shapes\n\n{counts_table(args, counts)}\n"
+    )
     if args.counts_only:
         return
-    models = {SPARSE: open_model(args, config)}
-    for name, (n, kept) in tqdm(budgets(args, config).items(), desc="Condensing", unit="model"):
-        models[name] = condensed_twin(models[SPARSE], sorted(counts[SPARSE].sparse)[:n], kept)
+    options: dict[str, Any] = {"attn_implementation": args.attn_implementation}
+    if args.model_name_or_path:
+        options |= {"dtype": args.dtype, "device_map": str(args.device)}
+        sparse = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options).eval()
+    else:
+        sparse = common.build_model(config, args.device, args.dtype, **options)
+    layers = [block.layer for block in find_sparse_blocks(sparse)]
+    models = {SPARSE: sparse, **{name: condensed_twin(sparse, layers[:n], kept) for name, (n, kept) in budgets.items()}}
     for name, model in models.items():
-        assert model.num_parameters() == counts[name].total, f"{name} has not the parameters that its shapes predict"
-    if memory_of(args.device) is None:
-        page.add("Peak memory is left out: torch does not count what is allocated on this device.")
-    for batch in tqdm(args.batch_sizes, desc="Measuring", unit="batch size"):
-        measure_batch(args, page, models, counts, batch)
+        if model.num_parameters() != counts[name].total:
+            raise ValueError(f"{name} has {model.num_parameters()} parameters, but {counts[name].total} were counted.")
+    rows = [row for batch in args.batch_sizes for row in measure_batch(args, models, counts, batch)]
+    common.write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pret
 from cdmoe_plugin.loading.layers_on_disk import CheckpointLayers
 from cdmoe_plugin.loading.load import sketch_model
 from tests.helpers.models import build
-from tests.helpers.recovery import load_recipe
+from tests.helpers.recovery import RECIPES, load_recipe
 from tests.helpers.tiny_models import available, random_ids, tiny_model
 
 IDS = random_ids(5)
@@ -207,24 +208,13 @@ def test_weights_that_are_nowhere_are_refused(sparse: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a checkpoint of 0.9 GB, a process that condenses it layer by layer never holds half."""
-    sizes = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 384}
-    arguments = [f"--{name}={value}" for name, value in sizes.items()]
-    arguments += [
-        "--layers=12",
-        "--heads=4",
-        "--experts=64",
-        "--samples=2",
-        "--length=16",
-        "--condensed=2",
-        "--kept=2",
-        f"--folder={tmp_path / 'x'}",
-    ]
-    monkeypatch.setattr(sys, "argv", ["larger_than_memory.py", *arguments])
-    load_recipe("benchmarks/larger_than_memory").main()
-    printed = capsys.readouterr().out
-    size = float(printed.split("Checkpoint of ")[1].split()[0])
-    peak = float(printed.split("less that of the program itself")[1].split("|")[1].split()[0])
+    monkeypatch.syspath_prepend(str(RECIPES / "benchmarks"))
+    arguments = ["--hidden_size=512", "--num_layers=13", "--experts=64", "--samples=2", "--length=16", "--condensed=2"]
+    arguments += ["--kept=2", "--ways=layers", f"--folder={tmp_path}", f"--json={tmp_path / 'memory.json'}"]
+    load_recipe("benchmarks/memory").main(arguments)
+    found = json.loads((tmp_path / "memory.json").read_text())
+    size, peak = found["checkpoint"], found["ways"]["layers"]["anonymous_own"]
     assert peak < size / 2
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]

@@ -1,0 +1,203 @@
+"""
+Peak memory of opening a sparse checkpoint, of condensing it by a plan while it is opened, and of searching and
+condensing it one decoder layer at a time, measured in one run (on Linux, whose /proc is read):
+
+python recipes/benchmarks/memory.py
+
+and of the last alone at DeepSeekMoE-16B's real sizes, on a disk with room for twice its 33 GB:
+
+python recipes/benchmarks/memory.py --preset deepseek-moe-16b --folder FOLDER
+
+The checkpoint is random, written to a temporary folder and deleted at the end. Every way runs in a process of its own.
+Anonymous memory is what a process needs; its resident set also counts pages of mapped files, the weights of the layer
+in use, which the system may take back at any time. The memory of the program itself is measured on a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
+
+from cdmoe_plugin import CondensedLayer, CondensePlan
+from cdmoe_plugin.cards.tables import format_table
+
+RECIPE = Path(__file__).parent.parent / "condense.py"
+WAYS = {
+    "sparse": "sparse model opened",
+    "plan": "condensed by a plan while opening",
+    "layers": "searched and condensed layer by layer",
+}
+SMALL = {
+    **common.DEEPSEEK_MOE_16B,
+    **{"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 704},
+    **{"num_hidden_layers": 13, "n_routed_experts": 32},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"sizes": SMALL, "kept": 4, "ways": list(WAYS)},
+    "deepseek-moe-16b": {"sizes": common.DEEPSEEK_MOE_16B, "kept": 6, "ways": ["layers"]},
+}
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_arguments(parser)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="small", help="sizes of the model and defaults of other options")
+    add("--ways", type=common.words, help=f"some of {','.join(WAYS)} (all; deepseek-moe-16b: layers)")
+    add("--folder", type=Path, help="where to write the temporary checkpoints (the system's folder for such files)")
+    add("--condensed", type=int, default=9, help="layers to condense")
+    add("--kept", type=int, help="experts to keep in each (4; deepseek-moe-16b: 6)")
+    add("--samples", type=int, default=4, help="calibration samples of the search")
+    add("--length", type=int, default=64, help="tokens of each sample")
+    parser.set_defaults(**PRESETS[parser.parse_known_args(given)[0].preset])
+    args = parser.parse_args(given)
+    if unknown := set(args.ways) - set(WAYS):
+        parser.error(f"--ways has {', '.join(sorted(unknown))}, but only {', '.join(WAYS)} exist")
+    return args
+
+
+def write_inputs(folder: Path, config: Any, args: argparse.Namespace, condensed: int, kept: int) -> int:
+    """Write a random checkpoint in bfloat16, a plan and calibration data; return the bytes of the weights."""
+    sketch = common.build_model(config, torch.device("meta"), torch.bfloat16)
+    tensors = revert_weight_conversion(sketch, sketch.state_dict())
+    # Random numbers for all weights would take an hour: each is cut from the same ones at a place of its own.
+    largest = max(tensor.numel() for tensor in tensors.values())
+    noise = torch.empty(largest + 2**20, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.manual_seed(0))
+    shards: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        shards[name.split("layers.")[1].split(".")[0] if "layers." in name else "rest"].append(name)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    places, weight_map = random.Random(0), {}
+    for key, names in shards.items():
+        shard = {}
+        for name in names:
+            shape, start = tensors[name].shape, places.randrange(2**20)
+            shard[name] = torch.ones(shape, dtype=noise.dtype) if len(shape) == 1 else noise[start:][: shape.numel()]
+            shard[name] = shard[name].view(shape).clone()
+            weight_map[name] = f"model-{key}.safetensors"
+        save_file(shard, folder / f"model-{key}.safetensors", {"format": "pt"})
+    total = sum(2 * tensor.numel() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    first = config.first_k_dense_replace
+    layers = [CondensedLayer(first + i, list(range(kept)), [1 / max(1, kept)] * kept) for i in range(condensed)]
+    CondensePlan(layers).save(folder / "plan.json")
+    rows = common.random_ids(config.vocab_size, args.samples, args.length).tolist()
+    lines = [json.dumps({"input_ids": row}) + "\n" for row in rows]
+    (folder / "calibration.jsonl").write_text("".join(lines), encoding="utf-8")
+    return total
+
+
+def bounds(config: Any, args: argparse.Namespace) -> dict[str, int]:
+    """Count what condensing layer by layer has to hold at a time, in bytes."""
+    model = common.build_model(config, torch.device("meta"), torch.bfloat16)
+    layers = [sum(2 * p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    # The outputs of all experts are kept, and beside the unmodified model a variant of it for each candidate.
+    kept = 2 * args.samples * args.length * config.hidden_size * (config.n_routed_experts + config.num_hidden_layers)
+    embeddings = 2 * 2 * config.vocab_size * config.hidden_size
+    return {"largest decoder layer": max(layers), "embeddings": embeddings, "kept hidden states": kept}
+
+
+def command_of(way: str, folder: Path, config: Any, args: argparse.Namespace, condensed: int, kept: int) -> list[str]:
+    """Return the command that runs one way on the checkpoint in a folder."""
+    if way == "sparse":
+        code = f"import cdmoe_plugin, transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        return [sys.executable, "-c", code]
+    if way == "plan":
+        plan = str(folder / "plan.json")
+        return [
+            sys.executable,
+            "-c",
+            f"import cdmoe_plugin as c; c.condense_pretrained({str(folder)!r}, plan={plan!r})",
+        ]
+    options = {
+        "model_name_or_path": folder,
+        "calibration": folder / "calibration.jsonl",
+        "num_layers": condensed,
+        "num_experts": kept,
+        "num_samples": args.samples,
+        "max_length": args.length,
+        "cache_memory": f"{bounds(config, args)['kept hidden states'] // 10**6 + 1}MB",
+        "output_dir": folder / "condensed",
+        "offload_folder": folder / "offload",
+        "max_shard_size": "500MB",
+    }
+    return [sys.executable, str(RECIPE), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def watch(command: Sequence[str], log: Path) -> dict[str, float]:
+    """Run a command and return its seconds and the peaks of its anonymous memory and of its resident set, in bytes.
+
+    Raises:
+        RuntimeError: with the end of its output, if it fails.
+    """
+    start, peak = time.perf_counter(), {"RssAnon": 0.0, "VmHWM": 0.0}
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                break
+            for name, _, value in (line.partition(":") for line in lines):
+                if name in peak:
+                    peak[name] = max(peak[name], int(value.split()[0]) * 1024)
+            time.sleep(0.02)
+    if process.wait():
+        raise RuntimeError(f"{' '.join(command)}\n{log.read_text(encoding='utf-8')[-4000:]}")
+    return {"seconds": time.perf_counter() - start, "anonymous": peak["RssAnon"], "resident": peak["VmHWM"]}
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    args = parse_arguments(given)
+    logging.set_verbosity_error()
+    config = common.deepseek_config(args.sizes, args.hidden_size, args.num_layers, args.experts)
+    tiny = common.deepseek_config(SMALL, hidden_size=32, num_layers=3, experts=8)
+    models = {"tiny": (tiny, 1, 1), "whole": (config, args.condensed, args.kept)}
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folders = {key: Path(name) / key for key in models}
+        sizes = {key: write_inputs(folders[key], *model[:1], args, *model[1:]) for key, model in models.items()}
+        for way in args.ways:
+            runs = {
+                key: watch(command_of(way, folders[key], model[0], args, *model[1:]), folders[key] / f"{way}.log")
+                for key, model in models.items()
+            }
+            own = {f"{kind}_own": runs["whole"][kind] - runs["tiny"][kind] for kind in ("anonymous", "resident")}
+            found[way] = {**runs["whole"], **own}
+    parts = bounds(config, args)
+    total = sum(parts.values())
+    print(
+        f"Checkpoint of {sizes['whole'] / 1e9:.2f} GB; {args.condensed} of {config.num_hidden_layers - 1} sparse "
+        f"layers condensed to {args.kept} of {config.n_routed_experts} experts; {common.where(torch.device('cpu'))}\n"
+    )
+    kinds = ("anonymous", "anonymous_own", "resident", "resident_own")
+    rows = [
+        (WAYS[way], *(f"{run[kind] / 1e9:.2f} GB" for kind in kinds), f"{run['seconds']:.0f} s")
+        for way, run in found.items()
+    ]
+    own = "less the program's own"
+    print(format_table(["", "anonymous memory", own, "resident set", own, "time"], rows))
+    print(f"\nLayer by layer, {total / 1e9:.2f} GB are in use at a time: ", end="")
+    print(", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()) + ".")
+    common.write_json(args.json, {"checkpoint": sizes["whole"], "bounds": parts, "ways": found})
+
+
+if __name__ == "__main__":
+    main()
