@@ -34,8 +34,6 @@ from typing import Any
 
 import common
 import torch
-from cdmoe_plugin.condense.refit.methods import REFITS
-from cdmoe_plugin.search.layers.methods import LAYER_SELECTIONS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -44,8 +42,7 @@ from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained, sear
 from cdmoe_plugin.cards.tables import format_table
 from cdmoe_plugin.data import TEXTS, open_file
 from cdmoe_plugin.integrations.measure import weight_bytes
-from cdmoe_plugin.search.experts.greedy import EXPERT_SELECTIONS
-from cdmoe_plugin.search.layers.outputs import all_metrics
+from cdmoe_plugin.registry import EXPERT_SELECTIONS, LAYER_SELECTIONS, METRICS, REFITS
 
 ROOT = Path(__file__).parents[2]
 # What the rows of a comparison change of the default settings; `experts` and `stages` are not fields of CondenseConfig.
@@ -59,7 +56,7 @@ COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "expert_selection": {name: {"expert_selection": name} for name in EXPERT_SELECTIONS},
     "layer_selection": {name: {"layer_selection": name} for name in LAYER_SELECTIONS},
-    "metric": {name: {"metric": name} for name in all_metrics()},
+    "metric": {name: {"metric": name} for name in METRICS.methods()},
     "refit": {"none": {}, **{name: {"refit": name} for name in REFITS}},
     "recovery": {
         f"E(shared+{kept}) {stages or 'as it is'}": {**({"experts": 0} if kept == "0" else {}), "stages": stages}
