@@ -91,7 +91,7 @@ def test_every_registered_method_is_measured(quality: Any, whole: dict[str, Any]
     for comparison, registry in (
         ("expert_selection", quality.EXPERT_SELECTIONS),
         ("layer_selection", quality.LAYER_SELECTIONS),
-        ("metric", quality.all_metrics()),
+        ("metric", quality.METRICS.methods()),
         ("refit", {"none": None, **quality.REFITS}),
     ):
         assert list(losses(whole, comparison, 1)) == list(losses(whole, comparison, 2)) == list(registry)
