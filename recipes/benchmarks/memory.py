@@ -71,7 +71,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def write_inputs(folder: Path, config: Any, args: argparse.Namespace, condensed: int, kept: int) -> int:
+def write_inputs(folder: Path, config: Any, args: argparse.Namespace) -> int:
     """Write a random checkpoint in bfloat16, a plan and calibration data; return the bytes of the weights."""
     sketch = common.build_model(config, torch.device("meta"), torch.bfloat16)
     tensors = revert_weight_conversion(sketch, sketch.state_dict())
@@ -83,11 +83,11 @@ def write_inputs(folder: Path, config: Any, args: argparse.Namespace, condensed:
         shards[name.split("layers.")[1].split(".")[0] if "layers." in name else "rest"].append(name)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    places, weight_map = random.Random(0), {}
+    drawn, weight_map = random.Random(0), {}
     for key, names in shards.items():
         shard = {}
         for name in names:
-            shape, start = tensors[name].shape, places.randrange(2**20)
+            shape, start = tensors[name].shape, drawn.randrange(2**20)
             shard[name] = torch.ones(shape, dtype=noise.dtype) if len(shape) == 1 else noise[start:][: shape.numel()]
             shard[name] = shard[name].view(shape).clone()
             weight_map[name] = f"model-{key}.safetensors"
@@ -95,9 +95,9 @@ def write_inputs(folder: Path, config: Any, args: argparse.Namespace, condensed:
     total = sum(2 * tensor.numel() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    first = config.first_k_dense_replace
-    layers = [CondensedLayer(first + i, list(range(kept)), [1 / max(1, kept)] * kept) for i in range(condensed)]
-    CondensePlan(layers).save(folder / "plan.json")
+    places = range(config.first_k_dense_replace, config.first_k_dense_replace + args.condensed)
+    experts, gates = list(range(args.kept)), [0.1] * args.kept
+    CondensePlan([CondensedLayer(place, experts, gates) for place in places]).save(folder / "plan.json")
     rows = common.random_ids(config.vocab_size, args.samples, args.length).tolist()
     lines = [json.dumps({"input_ids": row}) + "\n" for row in rows]
     (folder / "calibration.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -114,7 +114,7 @@ def bounds(config: Any, args: argparse.Namespace) -> dict[str, int]:
     return {"largest decoder layer": max(layers), "embeddings": embeddings, "kept hidden states": kept}
 
 
-def command_of(way: str, folder: Path, config: Any, args: argparse.Namespace, condensed: int, kept: int) -> list[str]:
+def command_of(way: str, folder: Path, config: Any, args: argparse.Namespace) -> list[str]:
     """Return the command that runs one way on the checkpoint in a folder."""
     if way == "sparse":
         code = f"import cdmoe_plugin, transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
@@ -129,8 +129,8 @@ def command_of(way: str, folder: Path, config: Any, args: argparse.Namespace, co
     options = {
         "model_name_or_path": folder,
         "calibration": folder / "calibration.jsonl",
-        "num_layers": condensed,
-        "num_experts": kept,
+        "num_layers": args.condensed,
+        "num_experts": args.kept,
         "num_samples": args.samples,
         "max_length": args.length,
         "cache_memory": f"{bounds(config, args)['kept hidden states'] // 10**6 + 1}MB",
@@ -169,34 +169,30 @@ def main(given: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     config = common.deepseek_config(args.sizes, args.hidden_size, args.num_layers, args.experts)
     tiny = common.deepseek_config(SMALL, hidden_size=32, num_layers=3, experts=8)
-    models = {"tiny": (tiny, 1, 1), "whole": (config, args.condensed, args.kept)}
+    few = argparse.Namespace(**{**vars(args), "condensed": 1, "kept": 1})
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folders = {key: Path(name) / key for key in models}
-        sizes = {key: write_inputs(folders[key], *model[:1], args, *model[1:]) for key, model in models.items()}
+        small, whole = Path(name) / "small", Path(name) / "whole"
+        write_inputs(small, tiny, few)
+        size = write_inputs(whole, config, args)
         for way in args.ways:
-            runs = {
-                key: watch(command_of(way, folders[key], model[0], args, *model[1:]), folders[key] / f"{way}.log")
-                for key, model in models.items()
-            }
-            own = {f"{kind}_own": runs["whole"][kind] - runs["tiny"][kind] for kind in ("anonymous", "resident")}
-            found[way] = {**runs["whole"], **own}
+            program = watch(command_of(way, small, tiny, few), small / f"{way}.log")
+            found[way] = watch(command_of(way, whole, config, args), whole / f"{way}.log")
+            found[way] |= {f"{kind}_own": found[way][kind] - program[kind] for kind in ("anonymous", "resident")}
     parts = bounds(config, args)
-    total = sum(parts.values())
     print(
-        f"Checkpoint of {sizes['whole'] / 1e9:.2f} GB; {args.condensed} of {config.num_hidden_layers - 1} sparse "
+        f"Checkpoint of {size / 1e9:.2f} GB; {args.condensed} of {config.num_hidden_layers - 1} sparse "
         f"layers condensed to {args.kept} of {config.n_routed_experts} experts; {common.where(torch.device('cpu'))}\n"
     )
     kinds = ("anonymous", "anonymous_own", "resident", "resident_own")
     rows = [
-        (WAYS[way], *(f"{run[kind] / 1e9:.2f} GB" for kind in kinds), f"{run['seconds']:.0f} s")
-        for way, run in found.items()
+        (WAYS[w], *(f"{run[k] / 1e9:.2f} GB" for k in kinds), f"{run['seconds']:.0f} s") for w, run in found.items()
     ]
     own = "less the program's own"
     print(format_table(["", "anonymous memory", own, "resident set", own, "time"], rows))
-    print(f"\nLayer by layer, {total / 1e9:.2f} GB are in use at a time: ", end="")
-    print(", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()) + ".")
-    common.write_json(args.json, {"checkpoint": sizes["whole"], "bounds": parts, "ways": found})
+    texts = ", ".join(f"{name} {part / 1e9:.2f} GB" for name, part in parts.items())
+    print(f"\nLayer by layer, {sum(parts.values()) / 1e9:.2f} GB are in use at a time: {texts}.")
+    common.write_json(args.json, {"checkpoint": size, "bounds": parts, "ways": found})
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ class Bench:
         self.speed_ids = common.random_ids(len(self.tokenizer), *shape)
 
     def config(self, seed: int, **fields: Any) -> CondenseConfig:
+        """Make the config of the search for the largest number of layers, which smaller numbers are cut from."""
         layers = max(self.args.layers)
         if fields.get("form") == "trim_block":  # a decoder layer has to remain
             layers = min(layers, self.sparse.config.get_text_config().num_hidden_layers - 1)
@@ -181,9 +182,9 @@ class Bench:
             given = {"calibration": self.calibration, "tokenizer": self.tokenizer}
             self.plans[key] = search_plan(self.sparse, config, **given)
         plan = self.plans[key]
-        return (
-            plan.truncate(layers, experts if plan.form == "condense" else None) if layers <= len(plan.layers) else None
-        )
+        if layers > len(plan.layers):
+            return None
+        return plan.truncate(layers, experts if plan.form == "condense" else None)
 
     def record(self, comparison: str, method: str, seed: int, layers: int) -> dict[str, Any] | None:
         """Measure one model of a comparison; None where it would have no decoder layer."""
@@ -232,12 +233,8 @@ class Bench:
 
                 write_training_data(folder)
                 options |= {"lm_dataset": folder / "lm.jsonl", "sft_dataset": folder / "sft.json"}
-            command = [
-                sys.executable,
-                str(ROOT / "recipes" / "lm_then_sft.py"),
-                "--config",
-                str(self.args.recovery_config),
-            ]
+            recipe = ROOT / "recipes" / "lm_then_sft.py"
+            command = [sys.executable, str(recipe), "--config", str(self.args.recovery_config)]
             subprocess.run([*command, *(f"--{key}={value}" for key, value in options.items())], check=True)
             return AutoModelForCausalLM.from_pretrained(folder / "out", **self.kwargs)
 
