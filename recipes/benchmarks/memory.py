@@ -75,7 +75,7 @@ def write_inputs(folder: Path, config: Any, args: argparse.Namespace) -> int:
     """Write a random checkpoint in bfloat16, a plan and calibration data; return the bytes of the weights."""
     sketch = common.build_model(config, torch.device("meta"), torch.bfloat16)
     tensors = revert_weight_conversion(sketch, sketch.state_dict())
-    # Random numbers for all weights would take an hour: each is cut from the same ones at a place of its own.
+    # Random numbers for all weights would take long: each is cut from the same ones at a place of its own.
     largest = max(tensor.numel() for tensor in tensors.values())
     noise = torch.empty(largest + 2**20, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.manual_seed(0))
     shards: dict[str, list[str]] = defaultdict(list)

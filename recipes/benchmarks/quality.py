@@ -4,9 +4,9 @@ selection, metric and refit, and beside the trimming baselines, their memory and
 
 python recipes/benchmarks/quality.py
 
-Without a checkpoint: a small model that is trained for minutes on documentation (examples/tiny_moe.py), three seeds, an
-hour on two cores. `--only refit --seeds 0` takes minutes. Numbers are means over seeds ± their standard deviation; a
-seed draws the calibration texts and the random experts. DeepSeekMoE-16B with the paper's tasks by lm-eval:
+Without a checkpoint: a small model that is trained for minutes on documentation (examples/tiny_moe.py), and three
+seeds; `--only refit --seeds 0` is a small part of it. Numbers are means over seeds ± their standard deviation; a seed
+draws the calibration texts and the random experts. DeepSeekMoE-16B with the paper's tasks by lm-eval:
 
 python recipes/benchmarks/quality.py --model_name_or_path deepseek-ai/deepseek-moe-16b-base --dtype bfloat16 \
     --tasks arc_challenge,boolq,hellaswag,openbookqa,piqa,rte,winogrande,mmlu --held_out text.jsonl \
