@@ -1,7 +1,7 @@
 """Condense sparse Mixture-of-Experts layers into small dense ones (CD-MoE, arXiv 2412.00069).
 
-Importing this package makes transformers' auto classes open condensed checkpoints; everything else is loaded
-when it is first used.
+Importing this package makes transformers' auto classes open condensed checkpoints, now or as soon as they are
+imported themselves; everything else is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .model.registration import register as _register
+from .after_import import call_after_import as _call_after_import
 
 __version__ = "0.2.0.dev0"
 
@@ -45,4 +45,8 @@ def __dir__() -> list[str]:
     return sorted(list(globals()) + __all__)
 
 
-_register()
+def _register() -> None:
+    importlib.import_module(".model.registration", __name__)
+
+
+_call_after_import("transformers.models.auto.configuration_auto", _register)

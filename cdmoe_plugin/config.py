@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -208,15 +208,18 @@ class CondenseConfig:
         return cls(**values)
 
 
-def condense_arguments(prefix: str = "") -> type:
+def condense_arguments(prefix: str = "", names: Collection[str] | None = None) -> type:
     """A dataclass of `CondenseConfig`'s fields for `HfArgumentParser` or `TrlParser`, each None where it is not given.
 
     Args:
         prefix (`str`, defaults to `""`): Put before every name, where the parser has other arguments of the same names.
+        names (`Collection[str]`, *optional*): Fields to take; all of them by default.
     """
     hints = get_type_hints(CondenseConfig)
     rows: list[Any] = []
     for f in fields(CondenseConfig):
+        if names is not None and f.name not in names:
+            continue
         methods = f": {REGISTRIES[f.name].summary()}." if f.name in REGISTRIES else ""
         help_text = f.metadata["help"] + methods + ("" if f.default is None else f" (default: {f.default})")
         hint = int | str if f.name in _NUMBERS_OR_WORDS else hints[f.name]

@@ -161,7 +161,7 @@ def _commands(
 
 
 def _command(base: str, options: Mapping[str, Any]) -> str:
-    words = [f"python recipes/condense.py --model_name_or_path {shlex.quote(base)} --output_dir condensed"]
+    words = [f"cdmoe condense --model_name_or_path {shlex.quote(base)} --output_dir condensed"]
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
         words.append(f"--{name} {shlex.join(map(str, values))}")

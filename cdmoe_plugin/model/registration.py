@@ -47,7 +47,7 @@ def is_ours(model_type: object) -> bool:
 
 
 def register() -> None:
-    """Add the model types of this package to `AutoConfig`; called at import, safe to call again."""
+    """Add the model types of this package to `AutoConfig`; called as this module is imported, safe to call again."""
     if not isinstance(_MAPPING._extra_content, _OnDemand):
         _MAPPING._extra_content = _OnDemand(_MAPPING._extra_content)
 
@@ -75,3 +75,6 @@ def register_condensed(base_model_type: str) -> None:
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_name, model_class in auto_classes(base).items():
         getattr(modeling_auto, auto_name).register(config_class, condensed_model_class(model_class), exist_ok=True)
+
+
+register()

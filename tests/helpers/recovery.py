@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from cdmoe_plugin import apply_plan
 from cdmoe_plugin.recovery import CondensedSFTTrainer
+from cdmoe_plugin.scripts import recover_stages
 from tests.helpers.models import sparse_model
 from tests.helpers.plans import some_plan
 
@@ -94,11 +95,11 @@ def load_recipe(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def lm_then_sft() -> ModuleType:
-    return load_recipe("lm_then_sft")
+    return recover_stages
 
 
 def run(recipe: ModuleType, args: list[Any]) -> None:
     """The recipe, as its command line runs it."""
     *parsed, search = recipe.make_parser().parse_args_and_config(args=[str(each) for each in args])
     given = {name.removeprefix("condense_"): value for name, value in vars(search).items() if value is not None}
-    recipe.main(*parsed, given)
+    recipe.run(*parsed, given)

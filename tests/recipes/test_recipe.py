@@ -14,10 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
+from cdmoe_plugin.scripts import condense
 from tests.helpers.killing import dying_before
 from tests.helpers.killing import run as run_process
 from tests.helpers.plans import some_plan
-from tests.helpers.recovery import WORDS, load_recipe, word_tokenizer
+from tests.helpers.recovery import WORDS, word_tokenizer
 from tests.helpers.tiny_models import tiny_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "condense.py"
@@ -25,7 +26,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "condense.py"
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe("condense")
+    return condense
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(recipe: ModuleType, *arguments: object) -> None:
     args, search = recipe.make_parser().parse_args_and_config(args=[str(a) for a in arguments])
-    recipe.main(args, {name: value for name, value in vars(search).items() if value is not None})
+    recipe.run(args, {name: value for name, value in vars(search).items() if value is not None})
 
 
 def test_trimming(recipe: ModuleType, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

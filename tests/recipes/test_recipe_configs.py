@@ -14,11 +14,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
+from cdmoe_plugin.scripts.parsing import CONFIGS
 from tests.helpers.recovery import RECIPES, condensed_model, lm_then_sft, run, word_tokenizer, write_data
 
 __all__ = ["lm_then_sft"]  # a fixture
 
-RECOVER = sorted(RECIPES.glob("configs/recover-*.yaml"))
+RECOVER = sorted(CONFIGS.glob("recover-*.yaml"))
 LAUNCH = sorted(RECIPES.glob("accelerate/*.yaml"))
 
 

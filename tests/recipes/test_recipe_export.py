@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, export_stock
 from cdmoe_plugin.blocks import UnsupportedModelError
 from cdmoe_plugin.export.check import check_export
+from cdmoe_plugin.scripts import condense
 from tests.helpers.exporting import CASES, NEVER, output, same
 from tests.helpers.models import FROM_DISK, sparse_model
 from tests.helpers.plans import some_plan
-from tests.helpers.recovery import lm_rows, load_recipe, word_tokenizer
+from tests.helpers.recovery import lm_rows, word_tokenizer
 from tests.helpers.tiny_models import ARCHITECTURES
 from tests.helpers.trimming import trim_plan
 
@@ -28,7 +29,7 @@ OPENED_BY_TYPE = {name for name in FROM_DISK if name != "deepseek"}
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe("condense")
+    return condense
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(recipe: ModuleType, *arguments: object) -> None:
     args, search = recipe.make_parser().parse_args_and_config(args=[str(a) for a in arguments])
-    recipe.main(args, {name: value for name, value in vars(search).items() if value is not None})
+    recipe.run(args, {name: value for name, value in vars(search).items() if value is not None})
 
 
 def commands(card: str) -> list[str]:

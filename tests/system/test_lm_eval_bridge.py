@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 import sysconfig
 from importlib.metadata import entry_points
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cdmoe_plugin.scripts.main import main
 from tests.helpers.lm_eval_cases import (
     ROOT,
     Case,
@@ -53,8 +53,11 @@ def test_without_pth_files(
     from lm_eval.api.registry import model_registry
 
     monkeypatch.delitem(model_registry._objs, "cdmoe")
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *options(case, tmp_path, f"pretrained={case.condensed}")])
-    runpy.run_module("cdmoe_plugin.integrations.lm_eval_cli", run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["cdmoe"])  # lm-eval reads it, so the command sets it
+    given = [str(word) for word in options(case, tmp_path, f"pretrained={case.condensed}")]
+    at = given.index("--model")
+    assert given[at + 1] == "cdmoe"
+    assert main(["evaluate", *given[:at], *given[at + 2 :]]) == 0
     assert answers(read_results(tmp_path)) == expected
 
 

@@ -137,7 +137,8 @@ def edit_config(folder: Path, place: str, value: Any) -> None:
 def test_with_the_package(root: Path, tmp_path: Path) -> None:
     found = answer_of(WITH_PACKAGE + OPEN + LOCALLY, root, tmp_path)
     # Importing the package costs next to nothing: no architecture, and none of the libraries that only some need.
-    assert found["imported"] == ["cdmoe_plugin", "cdmoe_plugin.model", "cdmoe_plugin.model.registration"]
+    ours = ["cdmoe_plugin", "cdmoe_plugin.after_import", "cdmoe_plugin.model", "cdmoe_plugin.model.registration"]
+    assert found["imported"] == ours
     heavy = {"trl", "peft", "lm_eval", "datasets", "matplotlib", "bitsandbytes"}
     assert not heavy & {name.partition(".")[0] for name in found["all"]}
     files = [name for name in found["all"] if name.startswith("transformers.models.") and ".modeling_" in name]

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
+from cdmoe_plugin.scripts import condense
 from cdmoe_plugin.search.processes import Processes
-from tests.helpers.recovery import WORDS, load_recipe, word_tokenizer
+from tests.helpers.recovery import WORDS, word_tokenizer
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -89,10 +90,9 @@ def test_the_recipe(tmp_path: Path) -> None:
     printed = launch(*recipe, "--output_dir", tmp_path / "two", "--offload_folder", tmp_path / "offload")
     assert printed.count("Saved to") == 1
     assert sorted(path.name for path in (tmp_path / "offload").iterdir()) == ["process-0", "process-1"]
-    module = load_recipe("condense")
-    args, search = module.make_parser().parse_args_and_config(args=[str(a) for a in recipe[1:-2]])
+    args, search = condense.make_parser().parse_args_and_config(args=[str(a) for a in recipe[1:-2]])
     args.output_dir, args.state_dir, args.offload_folder = tmp_path / "one", None, tmp_path / "again"
-    module.main(args, {name: value for name, value in vars(search).items() if value is not None})
+    condense.run(args, {name: value for name, value in vars(search).items() if value is not None})
     assert CondensePlan.load(tmp_path / "one") == CondensePlan.load(tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from cdmoe_plugin import CondenseConfig, CondensePlan, condense_pretrained
 from cdmoe_plugin.cards.base_model import base_metadata
 from cdmoe_plugin.cards.card import add_results
-from tests.helpers.recovery import lm_rows, load_recipe, word_tokenizer
+from cdmoe_plugin.scripts import condense
+from tests.helpers.recovery import lm_rows, word_tokenizer
 from tests.helpers.tiny_models import tiny_model
 
 RESULTS = {
@@ -81,15 +82,14 @@ def test_what_was_done(checkpoint: Path, base: Path) -> None:
 
 
 def test_its_commands_make_it_again(checkpoint: Path, base: Path, texts: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("condense")
     applied, searched = commands((checkpoint / "README.md").read_text())
     assert "--plan" in applied
     places = {"my-moe": base, "texts.txt": texts, "condense_plan.json": checkpoint / "condense_plan.json"}
     for name, words in (("applied", applied), ("searched", searched)):
         output = tmp_path / name
         argv = [str({**places, "condensed": output}.get(word, word)) for word in words]
-        arguments, search = recipe.make_parser().parse_args_and_config(argv)
-        recipe.main(arguments, {field: value for field, value in vars(search).items() if value is not None})
+        arguments, search = condense.make_parser().parse_args_and_config(argv)
+        condense.run(arguments, {field: value for field, value in vars(search).items() if value is not None})
         found, expected = CondensePlan.load(output), CondensePlan.load(checkpoint)
         assert found.layers == expected.layers
     same = (tmp_path / "applied" / "model.safetensors").read_bytes()

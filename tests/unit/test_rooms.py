@@ -12,10 +12,22 @@ import pytest
 NAME = "cdmoe_plugin"
 ROOT = Path(__file__).parents[2] / NAME
 # From the top down. A room is a folder or a module of the package; those of the ground lie side by side.
-ROOMS = ["__init__", "scripts", "integrations", "api", "estimate", "adapter", "export", "recovery", "search", "loading"]
+ROOMS = [
+    "__init__",
+    "__main__",
+    "scripts",
+    "integrations",
+    "api",
+    "estimate",
+    "adapter",
+    "export",
+    "recovery",
+    "search",
+    "loading",
+]
 ROOMS += ["condense", "decoder", "blocks", "model", "cards"]
 GROUND = ["plan", "config", "calibration", "data", "reference", "checks", "sizes", "atomic", "offload", "registry"]
-GROUND += ["metrics"]
+GROUND += ["metrics", "after_import"]
 LEVELS = {room: level for level, room in enumerate(ROOMS)} | dict.fromkeys(GROUND, len(ROOMS))
 
 
