@@ -1,4 +1,4 @@
-"""Folders and files that are replaced in one step: a reader finds the old content or the new one."""
+"""Atomic replacement of folders and files: a reader finds either the old content or the new one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-# Where a folder is written before it gets its place, see `replacing_files`; the group is the name that it will have.
+# Name of the temporary folder of `replacing_files`; the group is the name of the folder that it will replace.
 STAGING = re.compile(r"\.(.+)\.saving-\d+")
 NO_NAME = re.compile(r"(?!)")  # matches nothing
 
@@ -31,26 +31,26 @@ NO_NAME = re.compile(r"(?!)")  # matches nothing
 def replacing_files(
     target: str | os.PathLike, stale: re.Pattern[str] = NO_NAME, keep: Callable[[Path], bool] = lambda _: False
 ) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `target`, in one step, when the block ends without an error.
+    """Yield an empty folder that replaces `target` in one step when the block ends without an error.
 
-    Until then `target` stays as it was. Its other files are in the new folder too (by hard links), except those whose
-    names match `stale`: shards of an older save must not stay. Files of `target` for which `keep` is true are not
-    replaced. A process that is killed leaves the old content or the new one, and at worst a folder
-    ".<name>.saving-<digits>" beside it or in it, which the next save removes.
+    Until then `target` is unchanged. Its other files are kept, as hard links in the new folder, except those whose
+    names match `stale`, such as shards of an earlier save. Files of `target` for which `keep` returns true are not
+    replaced. A killed process leaves the old content or the new one, and at most a folder ".<name>.saving-<digits>"
+    beside or inside it, which the next save removes.
 
-    Some folders can't be replaced: mount points, the working directory and those above it, those whose parent folder
-    the user may not write to; outside Linux, and on a few file systems, any that is not empty. There, files are moved
-    one by one, the old config.json out first and the new one in last: what a killed process leaves does not open.
+    Some folders can't be replaced: mount points, the working directory and its parents, folders whose parent is not
+    writable and, outside Linux and on a few file systems, any folder that is not empty. There, files are moved one by
+    one, the old config.json out first and the new one in last, so that no half-written checkpoint can be opened.
 
     Raises:
-        ValueError: if `target` is a file, or holds a folder by the name of a file that was written.
+        ValueError: if `target` is a file, or has a folder with the name of a file that was written.
     """
     if not os.fspath(target):
         raise ValueError("`save_directory` is empty: name a folder.")
     target = Path(target).resolve()
     if target.is_file():
         raise ValueError(f"`save_directory` should be a folder, but {target} is a file.")
-    if STAGING.fullmatch(target.name):  # a part of something larger that is being saved
+    if STAGING.fullmatch(target.name):  # part of an outer save
         yield target
         return
     staging, lock = _new_staging(target)
@@ -77,7 +77,7 @@ def replacing_files(
 
 
 def _new_staging(target: Path) -> tuple[Path, int | None]:
-    """Make an empty folder beside `target`, or in it where nothing can be moved between the two places, and lock it."""
+    """Make and lock an empty folder beside `target`, or in it if files can't be moved from there to `target`."""
     for leftover in (path for place in (target.parent, target) for path in place.glob(".*.saving-*")):
         match = STAGING.fullmatch(leftover.name)
         lock = _lock(leftover, wait=False) if match and match[1] == target.name else None
@@ -90,15 +90,15 @@ def _new_staging(target: Path) -> tuple[Path, int | None]:
         staging.mkdir(parents=True)
         if not is_new:
             with suppress(OSError):
-                _imitate(target, staging)
+                _copy_metadata(target, staging)
                 staging = staging.rename(target.parent / staging.name)
         lock = _lock(staging, wait=True)
-        if staging.exists():  # else another process took it for a leftover before it was locked
+        if staging.exists():  # otherwise another process took it for a leftover before it was locked
             return staging, lock
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
-    """Open a handle that marks a folder as in use until it is closed or its process ends; None where locking fails."""
+    """Lock a folder until the returned handle is closed or the process ends; return None if locking fails."""
     handle = None
     try:
         handle = os.open(folder, os.O_RDONLY)  # an error on Windows
@@ -110,39 +110,39 @@ def _lock(folder: Path, wait: bool) -> int | None:
         return None
 
 
-def _imitate(folder: Path, copy: Path) -> None:
-    """Give a folder the owner, the mode and the attributes of another."""
+def _copy_metadata(folder: Path, copy: Path) -> None:
+    """Copy the owner, mode and attributes of a folder to another."""
     if hasattr(os, "chown"):
         os.chown(copy, folder.stat().st_uid, folder.stat().st_gid)
     shutil.copystat(folder, copy)
 
 
 def _swap(new: Path, target: Path, stale: re.Pattern[str]) -> None:
-    """Put `new` in the place of `target` in one step; what was there is then in the place of `new`.
+    """Exchange `new` and `target` in one step.
 
     Raises:
-        OSError: if that can't be done. `target` is then as it was.
+        OSError: if that is not possible. `target` is then unchanged.
     """
     if Path.cwd().is_relative_to(target):
         raise OSError("the working directory can't be replaced")
     to_disk(new)
     try:
-        new.rename(target)  # where nothing is there, or an empty folder
+        new.rename(target)  # works if `target` does not exist or is an empty folder
     except OSError:
         renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
         if renameat2 is None:
             raise
-        _take_over(target, new, stale)
+        _link_missing(target, new, stale)
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         if renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
             raise OSError("folders can't be exchanged here") from None
     with suppress(OSError):
         to_disk(target.parent)
-        _take_over(new, target, stale)  # what others have written since
+        _link_missing(new, target, stale)  # files that other processes have written since
 
 
-def _take_over(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
-    """Link into `new` what it lacks of `old`, so that nothing is missing in the one, nor gone from the other."""
+def _link_missing(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
+    """Make hard links in `new` to the files of `old` that it lacks; `old` keeps them."""
     for path in old.iterdir():
         other = new / path.name
         if path.is_dir() and not path.is_symlink():
@@ -150,16 +150,16 @@ def _take_over(old: Path, new: Path, stale: re.Pattern[str] = NO_NAME) -> None:
                 raise OSError("a mount point can't be moved")
             if not other.exists():
                 other.mkdir()
-                _imitate(path, other)
-            _take_over(path, other)
+                _copy_metadata(path, other)
+            _link_missing(path, other)
         elif not stale.fullmatch(path.name) and not os.path.lexists(other):
             os.link(path, other, follow_symlinks=False)
     to_disk(new)
 
 
 def _move_files(new: Path, target: Path, written: list[Path], stale: re.Pattern[str]) -> None:
-    """Move files one by one, those that are replaced out first; an error takes all of it back."""
-    opening = (Path("config.json"), Path("adapter_config.json"))  # by these, transformers knows a checkpoint
+    """Move files one by one, the old ones out before the new ones in; undo all moves if one fails."""
+    opening = (Path("config.json"), Path("adapter_config.json"))  # without these, transformers opens no checkpoint
     target.mkdir(parents=True, exist_ok=True)
     going = {Path(path.name) for path in target.iterdir() if stale.fullmatch(path.name) and not path.is_dir()}
     going |= {name for name in written if os.path.lexists(target / name)}
@@ -178,28 +178,28 @@ def _move_files(new: Path, target: Path, written: list[Path], stale: re.Pattern[
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file or folder is where a loss of power does not reach it."""
+    """Flush a file or folder to the disk, so that it survives a loss of power."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can't wait for a folder
+        if error.errno != errno.EINVAL:  # some file systems can't flush a folder
             raise
     finally:
         os.close(handle)
 
 
 def write_json(path: str | os.PathLike, values: Any) -> None:
-    """Write a JSON file; an existing one is replaced at once or not at all, also if the machine goes down.
+    """Write a JSON file. An existing file is replaced in one step, or kept if that fails, even at a loss of power.
 
-    A process that is killed meanwhile leaves a file ".<name>.writing-<machine>-<process>", which the next one on the
-    same machine removes.
+    A killed process leaves a file ".<name>.writing-<machine>-<process>", which the next one on the same machine
+    removes.
 
     Raises:
-        OSError: if it can't be written, on a full disk for instance. What was there before is there still.
-        ValueError: if `values` hold NaN or infinity, which JSON lacks.
+        OSError: if the file can't be written, for example because the disk is full. An existing file is unchanged.
+        ValueError: if `values` contain NaN or infinity, which JSON lacks.
     """
     path = Path(path)
     text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -213,7 +213,7 @@ def write_json(path: str | os.PathLike, values: Any) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: could not be written, and is as it was", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror}: could not be written and is unchanged", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     to_disk(path.parent)
@@ -223,7 +223,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Parse a JSON file.
 
     Raises:
-        ValueError: if it is no JSON (NaN and Infinity, which JSON lacks, included).
+        ValueError: if it is not valid JSON, which has no NaN and no Infinity.
     """
 
     def refuse(constant: str) -> None:
@@ -236,7 +236,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    if os.name != "posix":  # elsewhere, `os.kill` does not ask but kill
+    if os.name != "posix":  # elsewhere, `os.kill` with signal 0 ends the process
         return
     for leftover in folder.glob(f"{glob.escape(prefix)}*"):
         process = leftover.name.removeprefix(prefix)
@@ -249,6 +249,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return True

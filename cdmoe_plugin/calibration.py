@@ -52,10 +52,10 @@ class Calibration:
 
     Args:
         batches (`list[TokenBatch]`): Sequences of similar length together, so that little is padding.
-        source (`str`): What the user named.
+        source (`str`): The data that the user named.
         num_samples (`int`): Number of sequences.
         num_tokens (`int`): Number of tokens, without padding.
-        fingerprint (`str`): SHA-256 over the token ids in the order in which they were drawn.
+        fingerprint (`str`): SHA-256 of the token ids in the order in which they were drawn.
     """
 
     batches: list[TokenBatch]
@@ -84,12 +84,12 @@ def load_calibration(
             list of texts, or a list of token-id lists or 1-D tensors.
         config (`CondenseConfig`): Number and length of samples, batch size, seed.
         tokenizer: Needed for texts only. Its own special tokens are added (DeepSeek's has a BOS).
-        model_config (*optional*): Tells which token ids are padding where there is no tokenizer to tell.
-        find_tokenizer (*optional*): Called where texts need a tokenizer and none is given.
+        model_config (*optional*): Gives the id of the padding token if no tokenizer does.
+        find_tokenizer (*optional*): Called if texts need a tokenizer and none is given.
 
     Raises:
-        ValueError: if there is no text, no tokenizer for texts, no column with texts, or if no sequence has the two
-            tokens that a divergence over positions needs.
+        ValueError: if there is no text, no tokenizer for texts, no column with texts, or no sequence of at least two
+            tokens.
     """
     name, samples = _open(source)
     drawn = _draw(samples, config)
@@ -103,7 +103,7 @@ def load_calibration(
     sequences = [ids for ids in sequences if len(ids) >= 2]
     if not sequences:
         raise ValueError(
-            f"The calibration data ({name}) has no sequence of at least two tokens that are no padding; {len(drawn)} "
+            f"The calibration data ({name}) has no sequence of at least two tokens that are not padding; {len(drawn)} "
             "samples were read."
         )
     dropped = len(drawn) - len(sequences)
@@ -132,7 +132,7 @@ def calibration_for(
         config (`CondenseConfig`), tokenizer (*optional*): As in `load_calibration`.
 
     Raises:
-        ValueError: as `load_calibration`, and if there is a token id that the model has no embedding for.
+        ValueError: as `load_calibration`, and if the model has no embedding for a token id.
     """
     if not isinstance(source, Calibration):
         path = model.name_or_path
@@ -143,7 +143,7 @@ def calibration_for(
 
 
 def checkpoint_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Open the tokenizer of a checkpoint; transformers may make up an empty one, which is refused.
+    """Open the tokenizer of a checkpoint. An empty tokenizer, which transformers may make up, is refused.
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder.
@@ -176,7 +176,7 @@ def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
     if highest >= size:
         raise ValueError(
             f"The calibration data ({calibration.source}) has the token id {highest}, but the model knows {size} "
-            "tokens: it was tokenised for another model."
+            "tokens: the data was tokenised for another model."
         )
 
 
@@ -228,7 +228,7 @@ def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
     """Draw at most `num_samples` of the samples that are not blank; those of a list in memory keep its order."""
     if hasattr(samples, "shuffle"):  # a dataset of one column
         streams = not hasattr(samples, "__len__")
-        # In memory: else the order of all rows would be written into the cache.
+        # In memory: otherwise the order of all rows would be written to the cache.
         rows = samples.shuffle(config.seed, **({"buffer_size": 10_000} if streams else {"keep_in_memory": True}))
         drawn = (sample for row in rows for sample in row.values() if not _is_blank(sample))
         return list(islice(drawn, config.num_samples))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def is_int(value: object) -> bool:
-    """Return whether `value` is a whole number (and not a bool, which Python counts among them)."""
+    """Return whether `value` is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -18,7 +18,7 @@ def read_object(values: Any, where: str, fields: Mapping[str, Any]) -> dict[str,
     """Read the values of all `fields`; those with a default in their dataclass may be missing.
 
     Raises:
-        ValueError: if `values` is no object, or has unknown or missing fields.
+        ValueError: if `values` is not an object, or has unknown or missing fields.
     """
     values = read_mapping(values, where)
     unknown = sorted(set(values) - set(fields), key=str)
@@ -62,7 +62,7 @@ def read_list(values: Any, where: str) -> list[Any]:
 
 def read_whole(value: Any, where: str) -> int:
     if not is_int(value) or value < 0:
-        raise ValueError(f"`{where}` should be a whole number from 0, but is {short(value)}.")
+        raise ValueError(f"`{where}` should be a whole number of at least 0, but is {short(value)}.")
     return value
 
 
@@ -70,10 +70,10 @@ def read_real(value: Any, where: str) -> float:
     """Read a finite number.
 
     Raises:
-        ValueError: naming the place, if `value` is not one.
+        ValueError: naming `where`, if `value` is not one.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # A whole number may be too large for a float.
+    # An int may be too large for a float.
     if not number or abs(value) > sys.float_info.max or math.isnan(value):
         raise ValueError(f"`{where}` should be a finite number, but is {short(value)}.")
     return float(value)
@@ -98,12 +98,12 @@ def short(value: Any) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error, or one that it was raised from, says that memory ran out, on any device."""
-    import torch  # not needed where only values are checked
+    """Return whether an error, or one that it was raised from, means that a device is out of memory."""
+    import torch  # not needed for checking values
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU's allocator, libraries of CUDA and the operating system have no type of their own for it.
+    # The CPU's allocator, CUDA's libraries and the operating system raise general types.
     text = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
     if any(sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "alloc_failed")):
         return True

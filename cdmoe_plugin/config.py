@@ -1,4 +1,4 @@
-"""What the user asks for: how many layers and experts, and how they are chosen."""
+"""The configuration of a search: the numbers of layers and experts, and how they are chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import is_int
 from .registry import REGISTRIES
 from .sizes import read_budget
 
-# Fields that are a whole number or text.
+# Fields that take a number or text.
 _NUMBERS_OR_WORDS = ("num_experts", "expert_budget")
 
 # What becomes of a chosen layer.
@@ -23,48 +23,48 @@ def _help(text: str, default: Any) -> Any:
 
 @dataclass
 class CondenseConfig:
-    """How to condense a sparse model (CD-MoE, arXiv 2412.00069); the defaults are the paper's headline.
+    """The settings for condensing a sparse model (CD-MoE, arXiv 2412.00069). The defaults are the paper's main setting.
 
     Args:
-        num_layers (`int`, defaults to 9): Sparse layers to condense, chosen by `layer_selection`. Ignored if
+        num_layers (`int`, defaults to 9): Number of sparse layers to condense, chosen by `layer_selection`. Ignored if
             `layers` is given.
-        num_experts (`int` or `"auto"`, defaults to 6): Routed experts K kept per condensed layer; 0 keeps the shared
-            expert only. "auto" gives each layer its own K, within `expert_budget`.
-        layers (`list[int]`, *optional*): Decoder layer indices to condense (0 is the first decoder layer), in this
-            order and without a layer search.
+        num_experts (`int` or `"auto"`, defaults to 6): Number K of routed experts kept in each condensed layer; 0 keeps
+            the shared expert only. "auto" chooses K for each layer, within `expert_budget`.
+        layers (`list[int]`, *optional*): Decoder layers to condense (0 is the first decoder layer), in this order,
+            without a layer search.
         form (`str`, defaults to `"condense"`): What becomes of a chosen layer. The other values are the paper's
             baselines: "trim_layer" drops its MLP sub-layer (the residual stays), "trim_block" the whole decoder layer.
-            They search no experts: `num_experts`, `expert_selection` and `gates` then mean nothing.
-        expert_budget (`int` or `str`, *optional*): With `num_experts="auto"`, and only then: what the condensed layers
-            may keep together, as a number of routed experts (54), of their parameters ("300M params") or of their
-            bytes in the model's dtype ("2GB", "500MiB"). Layers are searched with the same K for all; then experts go
-            where they gain most, and what the model's output says on the calibration data decides between the two.
-        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1. The other
-            methods, and those of the next five fields, are listed in docs/methods.md.
+            They search no experts, so `num_experts`, `expert_selection` and `gates` have no effect.
+        expert_budget (`int` or `str`, *optional*): Only with `num_experts="auto"`: the total that all condensed layers
+            may keep, as a number of routed experts (54), of their parameters ("300M params") or of their bytes in the
+            model's dtype ("2GB", "500MiB"). The layer search uses the same K for all layers. The budget is then spread
+            so that each expert goes where it helps most, and the spread is kept if it brings the model's output on the
+            calibration data closer than the same K everywhere.
+        expert_selection (`str`, defaults to `"greedy"`): How experts are chosen; "greedy" is Algorithm 1. The methods
+            for this field and the next five are listed in docs/methods.md.
         layer_selection (`str`, defaults to `"greedy"`): How layers are chosen; "greedy" is Algorithm 2.
-        metric (`str`, defaults to `"js"`): What the searches minimise between the outputs of the sparse and the
-            condensed form. "ppl" is defined on the model's output only: it is for the layer search, whatever `compare`
-            says, the expert search then uses "js" as in the paper, and `layer_selection="local"` can't be combined
-            with it.
-        compare (`str`, defaults to `"hidden"`): Output of the model that the layer search compares: "hidden" as in the
+        metric (`str`, defaults to `"js"`): The divergence between the outputs of the sparse and the condensed form that
+            the searches minimise. "ppl" is defined on the model's output only: the layer search uses it and ignores
+            `compare`, the expert search uses "js" as in the paper, and `layer_selection="local"` is not supported.
+        compare (`str`, defaults to `"hidden"`): Output of the model that the layer search compares; "hidden" as in the
             published code.
         gates (`str`, defaults to `"mean"`): How the constant gates are set; "mean" is Eq. 2.
         refit (`str`, *optional*): How condensed layers are fitted to the sparse model afterwards, on the calibration
-            data. None: not at all, as in the paper.
-        refit_target (`str`, defaults to `"model"`): What they are fitted to: "model", the hidden states of the
-            unmodified model behind the layer, so that errors of condensed layers below are made up for; or "block",
-            what the sparse block gives for the same inputs.
-        refit_steps (`int`, defaults to 300): Steps of `refit="distill"` per layer, at most.
-        num_samples (`int`, defaults to 100): Calibration samples to use, at most.
-        max_length (`int`, defaults to 512): Tokens per calibration sample, at most.
+            data. Not at all if None, as in the paper.
+        refit_target (`str`, defaults to `"model"`): The target of the fit: "model" is the unmodified model's hidden
+            states after the layer, which also corrects errors of the condensed layers before it; "block" is the output
+            of the sparse block for the same inputs.
+        refit_steps (`int`, defaults to 300): Maximum number of steps of `refit="distill"` per layer.
+        num_samples (`int`, defaults to 100): Maximum number of calibration samples.
+        max_length (`int`, defaults to 512): Maximum number of tokens per calibration sample.
         batch_size (`int`, defaults to 8): Calibration samples per forward pass.
-        seed (`int`, defaults to 0): Seed of every random choice, such as which samples are drawn.
+        seed (`int`, defaults to 0): Seed of every random choice, such as the draw of the samples.
         cache_memory (`str`, defaults to `"4GB"`): Memory for intermediate results that a search keeps instead of
-            computing them again (expert outputs, hidden states at layer boundaries), per search. Less is slower and
+            computing them again (expert outputs, hidden states between layers). Less memory makes the search slower and
             gives the same plan.
 
     Raises:
-        ValueError: if a field has a wrong type or value. Names of methods are checked where they are registered.
+        ValueError: if a field has a wrong type or value. The names of methods are checked when they are used.
     """
 
     num_layers: int = _help("Number of sparse layers to condense (without `layers`).", 9)
@@ -75,11 +75,11 @@ class CondenseConfig:
         "Decoder layers to condense (0 is the first), in this order, instead of a layer search.", None
     )
     form: str = _help(
-        "What becomes of a chosen layer: condense, trim_layer (MLP dropped) or trim_block (decoder layer dropped).",
+        "What becomes of a chosen layer: condense, trim_layer (drop its MLP) or trim_block (drop the decoder layer).",
         "condense",
     )
     expert_budget: int | str | None = _help(
-        "With num_experts=auto: total of all layers in experts (54), parameters (300M params) or bytes (2GB, 500MiB).",
+        "With num_experts=auto: total of all layers, in experts (54), parameters (300M params) or bytes (2GB, 500MiB).",
         None,
     )
     expert_selection: str = _help("How experts are chosen", "greedy")
@@ -87,18 +87,18 @@ class CondenseConfig:
     metric: str = _help("Divergence that the searches minimise", "js")
     compare: str = _help("Model output that the layer search compares", "hidden")
     gates: str = _help("How the constant gates are set", "mean")
-    refit: str | None = _help("How condensed layers are fitted afterwards (not at all if unset)", None)
+    refit: str | None = _help("How condensed layers are fitted to the sparse model (not at all if unset)", None)
     refit_target: str = _help(
-        "What they are fitted to: model (hidden states of the unmodified model) or block (the sparse block).", "model"
+        "Target of the fit: model (hidden states of the unmodified model) or block (output of the sparse block).",
+        "model",
     )
-    refit_steps: int = _help("Steps of refit=distill per layer, at most.", 300)
-    num_samples: int = _help("Calibration samples to use, at most.", 100)
-    max_length: int = _help("Tokens per calibration sample, at most.", 512)
+    refit_steps: int = _help("Maximum number of steps of refit=distill per layer.", 300)
+    num_samples: int = _help("Maximum number of calibration samples.", 100)
+    max_length: int = _help("Maximum number of tokens per calibration sample.", 512)
     batch_size: int = _help("Calibration samples per forward pass.", 8)
-    seed: int = _help("Seed of every random choice, such as which samples are drawn.", 0)
+    seed: int = _help("Seed of every random choice, such as the draw of the samples.", 0)
     cache_memory: str = _help(
-        "Memory for what a search keeps instead of computing it again, such as 4GB; less is slower, same plan.",
-        "4GB",
+        "Memory for intermediate results of a search, such as 4GB; less is slower and gives the same plan.", "4GB"
     )
 
     def __post_init__(self) -> None:
@@ -142,8 +142,8 @@ class CondenseConfig:
             read_budget(self.expert_budget)
             if self.num_experts != "auto":
                 raise ValueError(
-                    f"`expert_budget` is {self.expert_budget!r}, which goes with `num_experts='auto'` only, but "
-                    f"`num_experts` is {self.num_experts!r}."
+                    f"`expert_budget` is {self.expert_budget!r} and needs `num_experts='auto'`, but `num_experts` is "
+                    f"{self.num_experts!r}."
                 )
         elif self.num_experts == "auto":
             raise ValueError(
@@ -152,7 +152,7 @@ class CondenseConfig:
 
     @classmethod
     def paper(cls) -> CondenseConfig:
-        """The settings of the paper's headline (CD-MoE, arXiv 2412.00069, section 4), whatever the defaults are."""
+        """Return the paper's main setting (CD-MoE, arXiv 2412.00069, section 4), independently of the defaults."""
         return cls(
             num_layers=9,
             num_experts=6,
@@ -169,12 +169,12 @@ class CondenseConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anything is left to search: layers that are named and only dropped need no data."""
+        """Whether there is anything to search: dropping given layers needs no data."""
         return self.form == "condense" or self.layers is None
 
     @property
     def cache_bytes(self) -> int:
-        """`cache_memory` in bytes."""
+        """The value of `cache_memory` in bytes."""
         from accelerate.utils import convert_file_size_to_int
 
         try:
@@ -190,18 +190,18 @@ class CondenseConfig:
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
+        """Convert the config to JSON-ready values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CondenseConfig:
-        """The inverse of `to_dict`.
+        """Make a config from the values that `to_dict` returns.
 
         Raises:
-            ValueError: if a key is no field of this class, or a value none for its field.
+            ValueError: if a key is not a field of this class, or a value is not valid for its field.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"A CondenseConfig is made of an object's fields, not of {values!r}.")
+            raise ValueError(f"A CondenseConfig is made from a mapping of its fields, not from {values!r}.")
         unknown = sorted(set(values) - {f.name for f in fields(cls)}, key=str)
         if unknown:
             raise ValueError(f"CondenseConfig has no field {', '.join(map(repr, unknown))}.")
@@ -209,10 +209,10 @@ class CondenseConfig:
 
 
 def condense_arguments(prefix: str = "", names: Collection[str] | None = None) -> type:
-    """A dataclass of `CondenseConfig`'s fields for `HfArgumentParser` or `TrlParser`, each None where it is not given.
+    """Make a dataclass of `CondenseConfig`'s fields for `HfArgumentParser` or `TrlParser`, all None by default.
 
     Args:
-        prefix (`str`, defaults to `""`): Put before every name, where the parser has other arguments of the same names.
+        prefix (`str`, defaults to `""`): Prefix of every name, for parsers with other arguments of the same names.
         names (`Collection[str]`, *optional*): Fields to take; all of them by default.
     """
     hints = get_type_hints(CondenseConfig)
@@ -226,7 +226,7 @@ def condense_arguments(prefix: str = "", names: Collection[str] | None = None) -
         rows.append((prefix + f.name, hint | None, field(default=None, metadata={"help": help_text})))
     numbers_or_words = [prefix + name for name in _NUMBERS_OR_WORDS]
 
-    # The parsers have one type per argument, and take text where a number is allowed as well.
+    # The parsers know one type per argument, and take text where a number is allowed as well.
     def read_numbers(self: Any) -> None:
         for name in numbers_or_words:
             value = getattr(self, name)
@@ -237,13 +237,13 @@ def condense_arguments(prefix: str = "", names: Collection[str] | None = None) -
 
 
 def unused_with_plan(given: Mapping[str, Any], reads: bool = False) -> list[str]:
-    """Which of the fields that a user gave do nothing where a plan takes the place of a search.
+    """Find the fields set by the user that have no effect when a plan replaces the search.
 
-    A refit still needs calibration data, and with it whatever says how that is read.
+    A refit still needs calibration data, and therefore the fields that describe how it is read.
 
     Args:
         given (`Mapping[str, Any]`): Fields of `CondenseConfig` that were set.
-        reads (`bool`, defaults to `False`): Whether something else than a refit needs calibration data.
+        reads (`bool`, defaults to `False`): Whether anything but a refit needs calibration data.
     """
     reading = ("num_samples", "max_length", "batch_size", "seed")
     used = {"num_layers", "num_experts", "form", *(reading if reads else ())}

@@ -18,20 +18,20 @@ TEXTS = {".txt": "text", **TABLES}
 
 
 def is_local(source: str | os.PathLike, formats: Mapping[str, str]) -> bool:
-    """Return whether a source is a local path: it exists, or ends like one of the files that can be read."""
+    """Return whether a source is a local path: it exists, or has the ending of a supported file."""
     return Path(source).exists() or Path(source).suffix in formats
 
 
 def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
-    """Open a local file as a `Dataset`; an empty file is None.
+    """Open a local file as a `Dataset`, or return None if it is empty.
 
     Args:
         path (`Path`): The file.
-        what (`str`): What it is for, as error messages call it, such as "calibration".
-        formats (`Mapping[str, str]`): Endings that are read, and the loader of `datasets` for each.
+        what (`str`): Its purpose in error messages, such as "calibration".
+        formats (`Mapping[str, str]`): The supported endings, and the loader of `datasets` for each.
 
     Raises:
-        ValueError: if there is no such file, if it has another ending, or if it can't be read.
+        ValueError: if the file does not exist, has another ending or can't be read.
     """
     if not path.is_file():
         raise ValueError(f"The {what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
@@ -51,14 +51,20 @@ def open_file(path: Path, what: str, formats: Mapping[str, str]) -> Any:
 
 
 def open_hub(name: str, what: str, advice: str, **kwargs: Any) -> Any:
-    """Open a dataset of the hub (by default its split "train"); `advice` ends the message where that fails.
+    """Open a dataset on the hub, by default its split "train".
+
+    Args:
+        name (`str`): Name of the dataset.
+        what (`str`): Its purpose in error messages, such as "calibration".
+        advice (`str`): Last sentence of the error message.
+        **kwargs: Passed to `datasets.load_dataset`.
 
     Raises:
         ValueError: if the hub can't be reached or has no such dataset.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # of the client that it uses, for connections that fail
+    from huggingface_hub.errors import HTTPError  # the type of failed connections
 
     try:
         return load_dataset(name, **{"split": "train", **kwargs})
@@ -66,5 +72,6 @@ def open_hub(name: str, what: str, advice: str, **kwargs: Any) -> Any:
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"The {what} data {name!r} is no local file and can't be opened as a dataset of the hub ({error}). {advice}"
+            f"The {what} data {name!r} is not a local file and can't be opened as a dataset on the hub ({error}). "
+            f"{advice}"
         ) from error

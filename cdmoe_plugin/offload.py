@@ -1,7 +1,7 @@
-"""Models whose weights are not all in memory: accelerate's hooks bring a module's weights when it is called.
+"""Offloaded models, in which accelerate's hooks load a module's weights when it is called.
 
-`device_map` with "disk" (or "cpu" beside a GPU) attaches them as a model is loaded. A search calls each decoder layer
-many times and reads its weights, so here the weights of one layer are held for as long as they are needed.
+`device_map` with "disk" (or "cpu" beside a GPU) attaches the hooks when a model is loaded. A search calls each decoder
+layer many times and reads its weights, so the functions here keep the weights of one layer in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -29,44 +29,41 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Holds the weights of an offloaded module, and of all in it, on the device where they compute.
-
-    Does nothing where they are there already.
-    """
+    """Keep the weights of an offloaded module and its submodules on their execution device; others are unaffected."""
     with ExitStack() as stack:
         for part in module.modules():
             for hook in offloading_hooks(part):
                 hook.pre_forward(part)
                 hook.offload = False
-                stack.callback(_let_go, part, hook)
+                stack.callback(_offload_again, part, hook)
         yield
 
 
-def _let_go(part: nn.Module, hook: AlignDevicesHook) -> None:
+def _offload_again(part: nn.Module, hook: AlignDevicesHook) -> None:
     hook.offload = True
     hook.post_forward(part, None)
 
 
 def offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """accelerate's hooks that bring this module's own weights when it is called."""
+    """Return accelerate's hooks that load this module's own weights when it is called."""
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
 
 
 def weights_source(hook: AlignDevicesHook) -> Any:
-    """Where a hook takes a module's weights from; what the hook itself has may add a prefix to their names."""
+    """Return the mapping from which a hook loads weights, without the prefix that the hook may add to names."""
     weights: Any = hook.weights_map
     return getattr(weights, "dataset", weights)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether weights of a module, or of any in it, come when they are needed."""
+    """Return whether weights of a module or of its submodules are offloaded."""
     return any(offloading_hooks(part) for part in module.modules())
 
 
 def unreachable(model: nn.Module) -> list[str]:
-    """Names of parameters that are on the meta device, and that no hook brings from anywhere."""
+    """Return the names of parameters on the meta device that no hook loads."""
     return [
         f"{name}.{parameter}"
         for name, module in model.named_modules()
@@ -77,13 +74,13 @@ def unreachable(model: nn.Module) -> list[str]:
 
 
 def in_memory_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module with all its weights."""
+    """Copy a module with all its weights in memory."""
     with in_memory(module):
         return remove_hook_from_module(copy.deepcopy(module), recurse=True)
 
 
 def weight_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """An entry of a model's state dict, read from where it is offloaded to if need be."""
+    """Return the weight of an entry of a model's state dict, loaded first if it is offloaded."""
     if not tensor.is_meta:
         return tensor
     parent, _, own = name.rpartition(".")
@@ -93,12 +90,12 @@ def weight_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
-    """Offloads a new module to where the weights of another one are; does nothing if these are in memory.
+    """Offload a new module to the place of another module's weights. Does nothing if these are in memory.
 
     Args:
-        module (`nn.Module`): What is offloaded.
-        example (`nn.Module`): A module that accelerate offloaded, to the disk or the CPU.
-        name (`str`): Of a new file beside the other weights on disk.
+        module (`nn.Module`): The new module.
+        example (`nn.Module`): A module that accelerate may have offloaded, to the disk or the CPU.
+        name (`str`): Name of a new file beside the other weights on disk.
     """
     hooks = [hook for part in example.modules() for hook in offloading_hooks(part)]
     if not hooks:
@@ -119,9 +116,9 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
 
 
 def checkpoint_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """A model's weights by the names of its checkpoint, where the source of offloaded weights can give them.
+    """Return an offloaded model's weights under the names of its checkpoint, or None if their source has no such names.
 
-    A source can if it has a method `checkpoint_state`, as `loading.layers_on_disk.CheckpointLayers` does.
+    A source has them if it has a method `checkpoint_state`, as `loading.layers_on_disk.CheckpointLayers`.
     """
     for module in model.modules():
         for hook in offloading_hooks(module):
@@ -132,13 +129,13 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def release_freed_memory() -> None:
-    """Gives the system back what is free between pieces in use, where the C library can (glibc does not by itself)."""
+    """Return freed memory to the system, if the C library can: glibc keeps pieces between those in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _folder(hook: AlignDevicesHook) -> Path | None:
-    """Where the weights of a hook lie on disk; None if they are in the CPU's memory."""
+    """Return the folder of a hook's weights on disk; None if they are in the CPU's memory."""
     weights = weights_source(hook)
     return Path(weights.save_folder) if getattr(weights, "save_folder", None) else None

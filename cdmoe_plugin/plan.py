@@ -1,4 +1,4 @@
-"""Plans: which layers are condensed to which experts with which gates. One JSON file, no pickle."""
+"""Plans: the layers to condense, the experts kept in each, and their gates. One JSON file, no pickle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAN_FILE = "condense_plan.json"
 
 @dataclass(frozen=True)
 class SparseLayerShape:
-    """Sizes of one sparse layer, by which a plan recognises its model.
+    """The sizes of one sparse layer, which tell a plan's model from others.
 
     Args:
         layer (`int`): Decoder layer index.
@@ -78,13 +78,13 @@ class CondensedLayer:
         layer (`int`): Decoder layer index (0 is the first decoder layer, dense or not).
         experts (`list[int]`): The kept routed experts in the order of their selection.
         gates (`list[float]`): Their constant gates (Eq. 2), in the same order.
-        score (`float`, *optional*): Divergence of the model's output (by the config's `metric` and `compare`) once this
-            layer and all layers before it in the plan are condensed, as the layer search measured it. The same for
-            every `layer_selection`: "local" and "global", which rank by something else, measure it along their order.
-            None where `layers` were given and all have the same number of experts: it is then not measured.
+        score (`float`, *optional*): Divergence of the model's output (in the config's `metric` and `compare`) with this
+            layer and all layers before it in the plan condensed, measured by the layer search. It means the same for
+            every `layer_selection`: "local" and "global" rank layers by another value and measure it along their order.
+            None if it was not measured: `layers` were given, and all keep the same number of experts.
         expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
-            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values), for every
-            `expert_selection`; by "js" where `metric` is "ppl".
+            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values). Measured for every
+            `expert_selection`, with "js" if `metric` is "ppl".
     """
 
     layer: int
@@ -118,23 +118,24 @@ class CondensedLayer:
 
 @dataclass(frozen=True)
 class CondensePlan:
-    """Which layers of a model are condensed, to which experts, with which gates.
+    """The layers of a model to condense, the experts kept in each, and their gates.
 
-    Both orders are nested, whatever the methods, so one search serves every smaller budget: see `truncate`.
+    Layers and experts are in the order of their selection, and with every method the choice for a smaller budget is
+    the beginning of that for a larger one. One search therefore serves all smaller budgets: see `truncate`.
 
     Args:
         layers (`list[CondensedLayer]`): The condensed layers in the order of their selection.
         model (`ModelShape`, *optional*): Sizes of the model that the plan was made for, checked before it is applied.
         config (`dict`, *optional*): The `CondenseConfig` of the search.
-        calibration (`dict`, *optional*): What the search was run on (source, samples, tokens).
-        layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output when one layer alone is
-            condensed, by decoder layer (Figure 1 of the paper); with an `expert_budget` to the same K as all others,
-            whatever the layer has got in the end. None where the layer search does not measure it ("local",
-            "similarity") or none was run.
+        calibration (`dict`, *optional*): The calibration data of the search (source, samples, tokens).
+        layer_divergences (`dict[int, float]`, *optional*): Divergence of the model's output with only one layer
+            condensed, by decoder layer (Figure 1 of the paper). With an `expert_budget` it is measured at the same K
+            for all layers, not at the K that a layer ends up with. None if the layer search does not measure it
+            ("local", "similarity") or none was run.
         form (`str`, defaults to `"condense"`): What becomes of the layers: "condense", "trim_layer" (their MLP
             sub-layer is dropped) or "trim_block" (they are dropped whole). Trimmed layers keep no experts.
-        layer_similarities (`dict[int, float]`, *optional*): Cosine similarity of what enters and what leaves a layer,
-            by decoder layer, where layers were chosen by it.
+        layer_similarities (`dict[int, float]`, *optional*): Cosine similarity of a layer's input and output, by decoder
+            layer, if layers were chosen by it.
     """
 
     layers: list[CondensedLayer]
@@ -172,13 +173,14 @@ class CondensePlan:
         """Make a plan from the values that `to_dict` returns.
 
         Raises:
-            ValueError: naming the field, if anything is of a wrong type, unknown, doubled, not finite, or if the
-                version is another one.
+            ValueError: naming the field, if a value has a wrong type, is not finite or occurs twice, if a field is
+                unknown, or if the plan has another version.
         """
         version = values.get("version") if isinstance(values, Mapping) else None
         if version != VERSION or isinstance(version, bool):
             raise ValueError(
-                f"This is no condense plan of version {VERSION}, the one that this package reads (found {version!r})."
+                f"`version` of a condense plan should be {VERSION}, the only one that this package reads, but is "
+                f"{version!r}."
             )
         fields = read_object(values, "plan", {"version": None, **cls.__dataclass_fields__})
         layers = read_list(fields["layers"], "layers")
@@ -193,7 +195,7 @@ class CondensePlan:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON; an existing file is replaced at once or not at all."""
+        """Write the plan as JSON. An existing file is replaced in one step, or kept if that fails."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -201,7 +203,7 @@ class CondensePlan:
         """Read a plan that `save` wrote; `path` may also be a condensed checkpoint's folder.
 
         Raises:
-            ValueError: if the file is no valid plan.
+            ValueError: if the file is not a valid plan.
             FileNotFoundError: if there is no such file, or the folder holds no plan.
         """
         if not isinstance(path, (str, os.PathLike)):
@@ -214,7 +216,7 @@ class CondensePlan:
         try:
             return cls.from_dict(_read_from_config(path) if path == config else read_json(path))
         except ValueError as error:
-            raise ValueError(f"{path} is no valid condense plan: {error}") from error
+            raise ValueError(f"{path} is not a valid condense plan: {error}") from error
 
     @classmethod
     def from_reference(
@@ -225,7 +227,7 @@ class CondensePlan:
         layer_order: str | os.PathLike | Sequence[int],
         first_sparse_layer: int = 1,
     ) -> CondensePlan:
-        """Read the result files that the paper's authors publish; see `cdmoe_plugin.reference.read_reference`."""
+        """Read the result files published by the paper's authors; see `cdmoe_plugin.reference.read_reference`."""
         rows = read_reference(expert_weights, expert_order, layer_order, first_sparse_layer)
         return cls([CondensedLayer.from_dict(row, f"layer {row['layer']}") for row in rows])
 
@@ -234,11 +236,12 @@ class CondensePlan:
     def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
         """Cut the plan to a smaller budget: its first layers, with at most `num_experts` experts. Needs no model.
 
-        Orders are nested, so the experts are those that a search for fewer would have chosen. The order of
-        layers was found with more experts kept: `score` and `layer_divergences` are dropped where experts are.
+        The experts are those that a search for fewer experts would have chosen. The layers were put in order with
+        more experts kept, so `score` and `layer_divergences` no longer apply where experts are dropped: they are
+        dropped too.
 
         Raises:
-            ValueError: if more is asked for than the plan holds.
+            ValueError: if the plan has fewer layers or experts than asked for.
         """
         layers = self.layers
         if num_layers is not None:
@@ -255,7 +258,7 @@ class CondensePlan:
             cut = [len(layer.experts) > num_experts for layer in layers]
             if any(cut):
                 divergences = None
-                # A score is that of all layers so far.
+                # A score covers all layers so far.
                 layers = [_keep_experts(row, num_experts, not any(cut[: i + 1])) for i, row in enumerate(layers)]
         config = self.config
         if config is not None:
@@ -269,15 +272,15 @@ class CondensePlan:
         return replace(self, layers=layers, config=config, layer_divergences=divergences)
 
     def as_trimming(self, form: str) -> CondensePlan:
-        """Make the plan that drops the same layers instead, in the same order: the paper's baselines.
+        """Make a plan that drops the same layers instead of condensing them (the paper's baselines), in the same order.
 
-        Experts, gates and the values measured with them are left out; `truncate(num_layers=...)` cuts it further.
+        Experts, gates and the values measured with them are left out. `truncate(num_layers=...)` still works.
 
         Args:
             form (`str`): "trim_layer" drops the layers' MLP sub-layers, "trim_block" the whole decoder layers.
 
         Raises:
-            ValueError: if `form` is another one.
+            ValueError: if `form` is neither of the two.
         """
         if form not in FORMS[1:]:
             raise ValueError(f"`form` should be 'trim_layer' or 'trim_block', but is {short(form)}.")
@@ -285,7 +288,7 @@ class CondensePlan:
             return self
         layers = [CondensedLayer(layer.layer, [], []) for layer in self.layers]
         config = None if self.config is None else {**self.config, "form": form}
-        # Of a block, something else enters and leaves than of its MLP.
+        # The input and output of a decoder layer are not those of its MLP.
         similarities = None if "trim_block" in (form, self.form) else self.layer_similarities
         return replace(
             self,
@@ -297,7 +300,7 @@ class CondensePlan:
         )
 
     def for_model(self, model: ModelShape) -> CondensePlan:
-        """Return the plan with the sizes of the model that it will be applied to, once `check_fits` accepts them."""
+        """Check that the plan fits a model, as `check_fits`, and return it with the model's sizes."""
         self.check_fits(model)
         return self if self.model is not None else replace(self, model=model)
 
@@ -305,37 +308,37 @@ class CondensePlan:
         """Check that the plan can be applied to a model of these sizes.
 
         Raises:
-            ValueError: naming what differs, if it was made for another model or names layers or experts that are
-                not there.
+            ValueError: naming the difference, if it was made for another model or names layers or experts that the
+                model does not have.
         """
-        mine = self.model
-        if mine is not None:
+        expected = self.model
+        if expected is not None:
             for name in ("model_type", "num_hidden_layers", "hidden_size"):
-                if getattr(mine, name) != getattr(model, name):
+                if getattr(expected, name) != getattr(model, name):
                     raise ValueError(
-                        f"The plan was made for another model: its {name} is {getattr(mine, name)!r}, this model's "
+                        f"The plan was made for another model: its {name} is {getattr(expected, name)!r}, this model's "
                         f"is {getattr(model, name)!r}."
                     )
-            for row, other in zip_longest(mine.sparse_layers, model.sparse_layers):
+            for row, other in zip_longest(expected.sparse_layers, model.sparse_layers):
                 if row != other:
                     raise ValueError(f"The plan was made for another model: it has {row}, this model has {other}.")
         sparse = {row.layer: row for row in model.sparse_layers}
         for layer in self.layers:
             if layer.layer not in sparse:
                 raise ValueError(
-                    f"The plan condenses decoder layer {layer.layer}, which is no sparse layer of this model; "
-                    f"sparse are {sorted(sparse)}."
+                    f"The plan condenses decoder layer {layer.layer}, which is not a sparse layer of this model; its "
+                    f"sparse layers are {sorted(sparse)}."
                 )
-            beyond = [e for e in layer.experts if not 0 <= e < sparse[layer.layer].num_experts]
-            if beyond:
+            unknown = [e for e in layer.experts if not 0 <= e < sparse[layer.layer].num_experts]
+            if unknown:
                 raise ValueError(
-                    f"The plan keeps experts {beyond} of decoder layer {layer.layer}, which has "
+                    f"The plan keeps experts {unknown} of decoder layer {layer.layer}, which has "
                     f"{sparse[layer.layer].num_experts} (0 to {sparse[layer.layer].num_experts - 1})."
                 )
 
 
 def _read_from_config(path: Path) -> Any:
-    """Read the plan in a condensed checkpoint's config.json, which the code beside its weights keeps."""
+    """Read the plan from a condensed checkpoint's config.json, where the code beside its weights writes it."""
     condense_config = read_mapping(read_json(path), "config").get("condense_config")
     plan = None if condense_config is None else read_mapping(condense_config, "condense_config").get("plan")
     if plan is None:

@@ -1,4 +1,4 @@
-"""Reads the search results that the paper's authors publish (github.com/duterscmy/CD-MoE, folder cd-moe/data)."""
+"""The search results published by the paper's authors (github.com/duterscmy/CD-MoE, folder cd-moe/data)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def read_reference(
     layer_order: str | os.PathLike | Sequence[int],
     first_sparse_layer: int = 1,
 ) -> list[dict[str, Any]]:
-    """Read the authors' three files (paths, or their parsed contents) as the condensed layers of a plan.
+    """Read the authors' three files (paths or parsed contents) as the condensed layers of a plan.
 
-    Their files count sparse layers from 0; plans count decoder layers.
+    The files number the sparse layers from 0; plans number the decoder layers.
 
     Args:
         expert_weights: `dynamic_weight.json`: "layer-expert" to [sum of gates, tokens, mean gate].
@@ -30,7 +30,7 @@ def read_reference(
         `list[dict]`: Decoder layer, experts and gates of each condensed layer, in the order of their selection.
 
     Raises:
-        ValueError: naming the layer or expert, if a file has another shape or lacks one that another file names.
+        ValueError: naming the layer or expert, if a file has another format or lacks one that another file names.
     """
     weights = _read(expert_weights, dict, "expert_weights")
     experts = _read(expert_order, dict, "expert_order")

@@ -1,4 +1,4 @@
-"""Methods by their names: each is one file of a package, and registers itself there."""
+"""Registries of methods by name. Each method is one file of a package and registers itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Method(Generic[T]):
     Args:
         run: The method itself.
         help (`str`): Its description on one line, for help texts and the documentation.
-        source (`str`): The paper that it comes from, if any.
+        source (`str`): The paper that introduces it, if any.
         options (`tuple[str, ...]`): The config fields that it takes as keyword arguments.
     """
 
@@ -31,12 +31,12 @@ class Method(Generic[T]):
 
 
 class Registry(MutableMapping[str, T]):
-    """The methods that a config field may name, imported when they are first needed; in alphabetical order.
+    """The methods that a config field may name, in alphabetical order. They are imported on first use.
 
     Args:
         field (`str`): The config field.
         package (`str`): The package whose modules register the methods.
-        first (`str`): The method in front of the others, usually the default.
+        first (`str`): A method to list before the others, usually the default.
         others (`Registry`, *optional*): Methods of another kind that the same field may name.
     """
 
@@ -64,10 +64,10 @@ class Registry(MutableMapping[str, T]):
         return add
 
     def lookup(self, name: str) -> T:
-        """Return the method of a name.
+        """Return the method with a name.
 
         Raises:
-            ValueError: naming the config field and the methods that exist, if there is none of that name.
+            ValueError: naming the config field and the methods that exist, if there is none with that name.
         """
         if name not in self:
             raise ValueError(f"`{self.field}` is {name!r}, but only {', '.join(map(repr, self.methods()))} exist.")
@@ -119,11 +119,12 @@ class Registry(MutableMapping[str, T]):
 
 
 class ExportTarget(NamedTuple):
-    """A kind of checkpoint that a condensed model can be written as.
+    """A kind of checkpoint to which a condensed model can be exported.
 
     Args:
-        check (`Callable`): Raises where a checkpoint and a plan or a search could not be exported, as `check_export`.
-        write (`Callable`): Writes a model to a folder, as `export_stock`.
+        check (`Callable`): Raises an error if the result of a plan or a search could not be exported; see
+            `check_export`.
+        write (`Callable`): Writes a model to a folder; see `export_stock`.
     """
 
     check: Callable[..., None]
@@ -132,16 +133,16 @@ class ExportTarget(NamedTuple):
 
 EXPERT_SELECTIONS = Registry[Callable[..., Any]]("expert_selection", "cdmoe_plugin.search.experts", "greedy")
 LAYER_SELECTIONS = Registry[Callable[..., Any]]("layer_selection", "cdmoe_plugin.search.layers", "greedy")
-# A number per sequence from the logits and token ids of the whole model.
+# From the logits and token ids of the whole model, one value per sequence.
 MODEL_METRICS = Registry[Callable[..., Any]]("metric", "cdmoe_plugin.metrics")
-# A number per token from two outputs, of a layer or of the whole model.
+# From two outputs, of a layer or of the whole model, one value per token.
 METRICS = Registry[Callable[..., Any]]("metric", "cdmoe_plugin.metrics", "js", MODEL_METRICS)
 COMPARE = Registry[Callable[..., Any]]("compare", "cdmoe_plugin.search.layers", "hidden")
 GATES = Registry[Callable[..., Any]]("gates", "cdmoe_plugin.search.gates", "mean")
 REFITS = Registry[Callable[..., Any]]("refit", "cdmoe_plugin.condense.refit", "down_proj")
 EXPORT_TARGETS = Registry[ExportTarget]("export", "cdmoe_plugin.export", "stock")
 
-# By the config field that names their methods.
+# By config field.
 REGISTRIES: dict[str, Registry[Any]] = {
     registry.field: registry
     for registry in (EXPERT_SELECTIONS, LAYER_SELECTIONS, METRICS, COMPARE, GATES, REFITS, EXPORT_TARGETS)

@@ -1,4 +1,4 @@
-"""Sizes as people write them: numbers of experts, parameters and bytes, read and formatted."""
+"""Sizes as people write them: reading and formatting numbers of experts, parameters and bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 Unit = Literal["experts", "parameters", "bytes"]
 
 _PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s*([KMB]?)\s*param(?:eter)?s", re.IGNORECASE)
-# A capital B: a small one would be bits.
+# B is a byte; b would be a bit.
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B")
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -19,12 +19,12 @@ def read_budget(value: object) -> tuple[int, Unit]:
     """Read an `expert_budget` as an amount and its unit: 54, "300M params" (K, M or B), "2GB" or "500MiB".
 
     Raises:
-        ValueError: naming the field, if it is none of these.
+        ValueError: naming the field, if it has none of these formats.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value, "experts"
     text = value.strip() if isinstance(value, str) else ""
-    with suppress(OverflowError):  # so many digits that it is none of these
+    with suppress(OverflowError):  # too many digits for a float
         if found := _PARAMETERS.fullmatch(text):
             return round(float(found[1]) * _DECIMAL[found[2].upper()]), "parameters"
         found = _BYTES.fullmatch(text)

@@ -1,1 +1,1 @@
-"""Metrics: how far two outputs are apart, token by token, or sequence by sequence."""
+"""Metrics: the divergence of two outputs, per token or per sequence."""

@@ -12,10 +12,10 @@ from .probabilities import probabilities
 
 @METRICS.register("js", "Jensen-Shannon divergence of the softmax of both outputs", "CD-MoE, section 3.2")
 def js_divergence(target: Tensor, candidate: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the softmax over the last dimension, in nats (CD-MoE, section 3.2).
+    """Compute the Jensen-Shannon divergence of the softmax over the last dimension, in nats (CD-MoE, section 3.2).
 
     Args:
-        target (`Tensor`): Scores `[..., H]`; anything under float32 is computed in float32.
+        target (`Tensor`): Scores `[..., H]`; computed in float32 or wider.
         candidate (`Tensor`): Scores `[..., H]`, broadcast against `target`.
 
     Returns:
@@ -24,6 +24,6 @@ def js_divergence(target: Tensor, candidate: Tensor) -> Tensor:
     p, log_p = probabilities(target)
     q, log_q = probabilities(candidate)
     log_m = (p + q).log_().sub_(math.log(2))
-    # KL in differences of logarithms: sums of p·log p and of q·log q would cancel to noise.
+    # KL from differences of logarithms: sums of p·log p and q·log q would cancel and leave rounding errors.
     q.mul_(log_q.sub_(log_m))
     return q.add_(p * log_m.neg_().add_(log_p)).sum(-1).mul_(0.5)

@@ -10,7 +10,10 @@ from .probabilities import probabilities
 
 @METRICS.register("kl", "Kullback-Leibler divergence of the softmax of both outputs", "CD-MoE, section 4.4")
 def kl_divergence(target: Tensor, candidate: Tensor) -> Tensor:
-    """Kullback-Leibler divergence `KL(p‖q)` of the softmax over the last dimension, in nats; shapes as of `js`."""
+    """Compute the Kullback-Leibler divergence `KL(p‖q)` of the softmax over the last dimension, in nats.
+
+    Shapes and dtypes as in `js_divergence`.
+    """
     p, log_p = probabilities(target)
     _, log_q = probabilities(candidate)
     return log_q.neg_().add_(log_p).mul_(p).sum(-1)

@@ -10,5 +10,5 @@ from .probabilities import wide
 
 @METRICS.register("mse", "mean squared difference; needs the least time and memory")
 def mean_squared_error(target: Tensor, candidate: Tensor) -> Tensor:
-    """Squared difference, averaged over the last dimension; shapes as of `js`."""
+    """Compute the mean squared difference over the last dimension. Shapes and dtypes as in `js_divergence`."""
     return (wide(candidate) - wide(target)).square_().mean(-1)

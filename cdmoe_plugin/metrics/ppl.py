@@ -12,12 +12,12 @@ from .probabilities import wide
 
 @MODEL_METRICS.register(
     "ppl",
-    "absolute difference of each sequence's perplexity; for the layer search only, experts are chosen by js",
+    "absolute difference of each sequence's perplexity; for the layer search only, the expert search uses js",
     "CD-MoE, section 4.4",
 )
 @torch.no_grad()
 def perplexities(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Perplexity of each sequence: exp of the mean negative log-likelihood of all its tokens but the first.
+    """Compute the perplexity of each sequence: exp of the mean negative log-likelihood of all tokens but the first.
 
     Args:
         logits (`Tensor`): `[B, S, V]`; computed in float32 or wider.

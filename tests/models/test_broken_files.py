@@ -91,7 +91,7 @@ def read_state(path: Path, text: str | bytes, content: dict[str, Any]) -> Search
     except ValueError as error:
         reason = str(error)
     assert str(path) in reason
-    assert re.search(r"no valid search state \(.+\): delete it|belongs to another search: its .+ differ", reason)
+    assert re.search(r"not a valid search state \(.+\): delete it|belongs to another search: its .+ differ", reason)
     return None
 
 
@@ -157,7 +157,7 @@ UNUSABLE = [
     ("experts 2", {}, "should hold experts, scores and gates"),
     ("experts 2", 0.5, "should hold experts, scores and gates"),
     ("experts 2", {"experts": [8, 1]}, r"names experts \[8, 1\] of 8"),
-    ("experts 2", {"experts": [-1, 1]}, "whole number from 0"),
+    ("experts 2", {"experts": [-1, 1]}, "whole number of at least 0"),
     ("experts 2", {"experts": [1, 1]}, "more than once"),
     ("experts 2", {"experts": [1]}, "1 experts but 2 gates"),
     ("experts 2", {"experts": "12"}, "should be a list"),
@@ -181,7 +181,7 @@ def test_a_state_that_can_not_be_used(searched: Searched, name: str, change: Any
     model, path, content = searched
     result = {**content["results"]["experts 2"], **change} if isinstance(change, dict) and change else change
     path.write_text(with_checksum(content, {**content["results"], name: result}))
-    with pytest.raises(ValueError, match=rf"{FILE} is no valid search state \(.*{reason}.*\): delete it"):
+    with pytest.raises(ValueError, match=rf"{FILE} is not a valid search state \(.*{reason}.*\): delete it"):
         search_plan(model, CONFIG, calibration=IDS, state_dir=path.parent)
 
 

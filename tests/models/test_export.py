@@ -213,7 +213,7 @@ def test_trimmed_blocks(model_type: str, tmp_path: Path) -> None:
     assert type(stock) is type(model)
     assert len(stock.model.layers) == stock.config.num_hidden_layers == 2
     assert same(output(stock), expected)
-    assert "2 decoder layers are gone" in (tmp_path / "README.md").read_text()
+    assert "2 decoder layers are removed" in (tmp_path / "README.md").read_text()
 
 
 def test_trimmed_blocks_on_disk(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_results_survive_where_speed_can_not_be_measured(case: Case) -> None:
         ({"num_experts": 0}, r"`num_experts=0` needs a plan.*`plan=`"),
         ({"plan": "missing.json"}, r"`plan=missing.json`.*no file missing.json"),
         ({"plan": "{tasks}"}, r"`plan=.*tasks`.*no file .*condense_plan.json"),
-        ({"plan": "{base}/config.json"}, r"config.json is no valid condense plan"),
+        ({"plan": "{base}/config.json"}, r"config.json is not a valid condense plan"),
         ({"plan": ""}, "`plan` is empty"),
         ({"plan": 3}, "`plan` should be a path"),
         ({"plan": "{plan}", "num_layers": 4}, "`num_layers` should be between 1 and the plan's 3, but is 4"),

@@ -165,4 +165,4 @@ def test_narrow_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == []
     open_in(tmp_path, "nf4")
     assert len(said) == 1
-    assert "widths of 19 layers in 4 bit, such as model.layers.0.self_attn.q_proj, are no multiples of 64" in said[0]
+    assert "widths of 19 layers in 4 bit, such as model.layers.0.self_attn.q_proj, are not multiples of 64" in said[0]

@@ -182,7 +182,7 @@ def test_edited_similarities_are_refused() -> None:
 
 def test_a_trimming_must_fit() -> None:
     for form in FORMS[1:]:
-        with pytest.raises(ValueError, match="decoder layer 0, which is no sparse layer"):
+        with pytest.raises(ValueError, match="decoder layer 0, which is not a sparse layer"):
             apply_plan(tiny_model("qwen2_moe"), trim_plan(form, [0]))
 
 

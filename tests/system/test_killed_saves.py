@@ -232,13 +232,13 @@ def test_what_others_write_meanwhile_is_kept(saves: Saves, monkeypatch: pytest.M
         assert (folder / "sub" / "rng_state_1.pth").read_text() == "1"
         assert (folder / "file").read_text() == "2"
 
-    def take_over(*args: Any) -> None:
-        taking(*args)
+    def link_missing(*args: Any) -> None:
+        link(*args)
         if not (saves.folder / "late").exists():
             (saves.folder / "late").write_text("3")  # at the last moment before the exchange
 
-    taking = saving_cdmoe._take_over
-    monkeypatch.setattr(saving_cdmoe, "_take_over", take_over)
+    link = saving_cdmoe._link_missing
+    monkeypatch.setattr(saving_cdmoe, "_link_missing", link_missing)
     saves.save("small")
     assert (saves.folder / "late").read_text() == "3"
 

@@ -95,7 +95,7 @@ ERRORS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda tmp: TEXTS, r"\(texts\) is text: pass `tokenizer=`"),
     (lambda tmp: [TEXTS[0], IDS[0]], "mixes texts and token ids"),
     (lambda tmp: [[7]], "no sequence of at least two tokens"),
-    (lambda tmp: torch.full((3, 8), PAD), "no sequence of at least two tokens that are no padding"),
+    (lambda tmp: torch.full((3, 8), PAD), "no sequence of at least two tokens that are not padding"),
     (lambda tmp: [[5, 6], [5, -6]], "sample 1 should be a list of token ids, but is .5, -6"),
     (lambda tmp: [[True, False], [5.0]], "sample 0 should be a list of token ids"),
     (lambda tmp: [5, 6, 7], "should be a text or a list of token ids, but one is 5"),
@@ -108,7 +108,7 @@ ERRORS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda tmp: write(tmp / "a.json", '{"text": '), "a.json can't be read"),
     (lambda tmp: save(tmp / "a.jsonl", "prompt", TEXTS, answer=TEXTS), "columns .'answer', 'prompt'.; .*'text'"),
     (lambda tmp: save(tmp / "a.jsonl", "text", [1, 2]), "should be a text or a list of token ids, but one is"),
-    (lambda tmp: "nobody/nothing", "'nobody/nothing' is no local file .* can't be opened .*`calibration=`"),
+    (lambda tmp: "nobody/nothing", "'nobody/nothing' is not a local file .* can't be opened .*`calibration=`"),
 ]
 
 

@@ -39,12 +39,12 @@ BEYOND: list[tuple[dict[str, Any], str]] = [  # what is not in a tiny model
 ]
 # Edits of a plan file: where, the new value, and what the message names.
 PLAN_ERRORS: list[tuple[str, Any, str]] = [
-    ("version", 2, r"version 1.*found 2"),
+    ("version", 2, r"`version` .*should be 1, .*but is 2"),
     ("layers", [], "condenses no layer"),
     ("colour", "red", "unknown fields .'colour'"),
-    ("layers.0.layer", "1", r"`layers\[0\].layer` should be a whole number from 0, but is '1'"),
+    ("layers.0.layer", "1", r"`layers\[0\].layer` should be a whole number of at least 0, but is '1'"),
     ("layers.0.layer", 2, r"decoder layers \[2\] more than once"),
-    ("layers.0.layer", 0, r"decoder layer 0, which is no sparse layer.*\[1, 2, 3\]"),
+    ("layers.0.layer", 0, r"decoder layer 0, which is not a sparse layer.*\[1, 2, 3\]"),
     ("layers.0.experts", [1, 1], r"`layers\[0\].experts` names an expert more than once"),
     ("layers.0.experts", [1, 8], r"experts \[8\] of decoder layer 3, which has 8"),
     ("layers.1.gates", [NAN, INF], "NaN"),
@@ -206,13 +206,13 @@ def test_plan_edited_into_nonsense(place: str, value: Any, words: str, plan: Con
         spot = spot[key]
     spot[last] = value
     (tmp_path / "plan.json").write_text(json.dumps(edited))
-    refuses(f"plan.json is no valid condense plan: .*{words}", CondensePlan.load, tmp_path / "plan.json")
+    refuses(f"plan.json is not a valid condense plan: .*{words}", CondensePlan.load, tmp_path / "plan.json")
 
 
 def test_plan_files(model: PreTrainedModel, tmp_path: Path) -> None:
     for content in (b"", b"greedy", b"\xff\xfe", b"[" * 100_000, b"[1]", b"{}", b"null"):
         (tmp_path / "plan.json").write_bytes(content)
-        refuses(r"plan.json is no valid condense plan: \S", apply_plan, model, tmp_path / "plan.json")
+        refuses(r"plan.json is not a valid condense plan: \S", apply_plan, model, tmp_path / "plan.json")
     for missing in (tmp_path / "other.json", tmp_path):
         refuses("other.json|condense_plan.json", apply_plan, model, missing, error=FileNotFoundError)
 

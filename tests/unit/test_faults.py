@@ -121,7 +121,7 @@ def test_data_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_file(path, "calibration", TEXTS)
     for error in (DatasetNotFoundError("none"), ConnectionError("none"), RuntimeError("Dataset scripts are no longer")):
         monkeypatch.setattr(datasets, "load_dataset", raising(error))
-        with pytest.raises(ValueError, match="'no/name' is no local file"):
+        with pytest.raises(ValueError, match="'no/name' is not a local file"):
             open_hub("no/name", "calibration", "")
 
 

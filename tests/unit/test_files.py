@@ -53,7 +53,7 @@ def test_what_a_running_process_writes_is_not_taken_for_a_leftover(path: Path) -
 def test_a_full_disk(path: Path) -> None:
     def write() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(OSError, match=r"too large: could not be written, and is as it was: .*state\.json"):
+        with pytest.raises(OSError, match=r"too large: could not be written and is unchanged: .*state\.json"):
             write_json(path, NEW)
 
     assert run(write) == 0

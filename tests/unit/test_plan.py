@@ -58,7 +58,7 @@ def test_a_checkpoint_with_its_plan_in_config_json_alone(tmp_path: Path) -> None
             CondensePlan.load(tmp_path)
     for text in ("{", "[]", '{"condense_config": 1}', '{"condense_config": {"plan": []}}'):
         config.write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json is no valid condense plan"):
+        with pytest.raises(ValueError, match=r"config\.json is not a valid condense plan"):
             CondensePlan.load(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_plan_for_another_model(changes: dict[str, Any], message: str) -> None
 def test_a_plan_of_unknown_origin_must_name_what_is_there() -> None:
     plan = replace(PLAN, model=None)
     plan.check_fits(MODEL)
-    with pytest.raises(ValueError, match=r"decoder layer 1, which is no sparse layer .* sparse are \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"decoder layer 1, which is not a sparse layer .* sparse layers are \[2, 3\]"):
         plan.check_fits(replace(MODEL, sparse_layers=MODEL.sparse_layers[1:]))
     small = [SparseLayerShape(layer, 6, 16, 24) for layer in (1, 2, 3)]
     with pytest.raises(ValueError, match=r"experts \[7\] of decoder layer 2, which has 6 \(0 to 5\)"):
@@ -212,5 +212,5 @@ def test_any_changes_are_understood_or_refused(values: Any, tmp_path_factory: py
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-16")))
 def test_any_other_file_is_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     (path := tmp_path_factory.getbasetemp() / "other.json").write_bytes(content)
-    with pytest.raises(ValueError, match="no valid condense plan"):
+    with pytest.raises(ValueError, match="not a valid condense plan"):
         CondensePlan.load(path)

@@ -55,5 +55,5 @@ def test_memory_for_the_cache_may_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "fingerprint": 3, "results": {}}', "\x80"])
 def test_refuses_what_is_no_state(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
-    with pytest.raises(ValueError, match="no valid search state"):
+    with pytest.raises(ValueError, match="not a valid search state"):
         SearchState(tmp_path, {})
