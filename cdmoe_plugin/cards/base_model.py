@@ -1,4 +1,4 @@
-"""The name, license and languages that a card takes over from the base model."""
+"""The name, license and languages that a card copies from the base model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 
 def describe_base(name_or_path: str) -> dict[str, Any]:
-    """Return what a condensed model's config keeps of its base model: `base_model` and `base_card`.
+    """Return the entries of a condensed model's config that describe its base model: `base_model` and `base_card`.
 
-    `base_model` is the name; of a local folder only the last part, as the rest of the path is private.
+    `base_model` is the name on the hub, or the last part of a local path: the rest of the path is private.
     """
     name = Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
     return {"base_model": name, "base_card": base_metadata(name_or_path)}
 
 
 def base_metadata(name_or_path: str) -> dict[str, Any]:
-    """Return the license and the languages in a base model's own card; empty without a readable card.
+    """Return the license and the languages in a base model's card; empty without a readable card.
 
     Args:
-        name_or_path (`str`): Folder, or hub name; the hub is asked only for what is not in the cache.
+        name_or_path (`str`): Local folder or hub name; downloaded if not in the cache.
     """
     if not name_or_path:
         return {}
@@ -38,7 +38,7 @@ def base_metadata(name_or_path: str) -> dict[str, Any]:
             _raise_exceptions_for_connection_errors=False,
         )
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
-    except (OSError, ValueError, YAMLError):  # no such repository, or a header that is no YAML
+    except (OSError, ValueError, YAMLError):  # no such repository, or a header that is not YAML
         return {}
     kept = {name: data[name] for name in _KEPT if data.get(name)}
     link = kept.get("license_link", "")

@@ -19,7 +19,7 @@ from .base_model import describe_base
 from .tables import FORM_TEXTS, format_table, plan_table, recovery_table, refit_table, sizes_table
 
 MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
-# Of the card that transformers makes for models that have none.
+# A sentence of the card that transformers makes for models without one.
 _GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 _TEMPLATE = Path(__file__).with_name("template.md")
 _REFIT = ("refit", "refit_target", "refit_steps")
@@ -28,7 +28,7 @@ _RESULTS = re.compile(r"(^## Results\n.*?)?(?=^## Use\n)", re.DOTALL | re.MULTIL
 
 
 def is_someones_card(path: Path) -> bool:
-    """Return whether a file is a model card that somebody wrote, which a generated one must not replace."""
+    """Return whether a file is a model card written by hand, which a generated one must not replace."""
     if path.name != "README.md" or not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -36,10 +36,10 @@ def is_someones_card(path: Path) -> bool:
 
 
 def write_model_card(model: Any, folder: Path) -> None:
-    """Write README.md into the folder of a condensed checkpoint that is being saved.
+    """Write the README.md of a condensed checkpoint that is being saved.
 
     Raises:
-        ValueError: if what the model's config says of how it was condensed was edited and can't be understood.
+        ValueError: if the model's `condense_config` was edited and can't be understood.
     """
     try:
         card = _card(model, model.condense_plan)
@@ -58,7 +58,7 @@ def write_stock_card(
     shared_gates: Mapping[int, float],
     divergence: float | None,
 ) -> None:
-    """Write README.md into the folder of an exported checkpoint; none for a model that nothing was done to.
+    """Write the README.md of an exported checkpoint; none for a model without a plan.
 
     Args:
         model (`PreTrainedModel`): The condensed or trimmed model that was exported.
@@ -66,9 +66,9 @@ def write_stock_card(
         model_type (`str`): Model type of the checkpoint.
         parameters (`int`): Number of its parameters.
         fields (`Mapping[str, Any]`): Fields of the base architecture's config that differ from the sparse model's.
-        dense_width (`int`, *optional*): Width of all dense MLPs; None where no layer was condensed.
+        dense_width (`int`, *optional*): Width of all dense MLPs; None if no layer was condensed.
         shared_gates (`Mapping[int, float]`): Constant gates of shared experts, by decoder layer.
-        divergence (`float`, *optional*): What these gates cost, in nats.
+        divergence (`float`, *optional*): Divergence caused by these gates, in nats.
     """
     plan = getattr(model, "condense_plan", None)
     if plan is None:
@@ -87,7 +87,7 @@ def write_stock_card(
 
 
 def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = None) -> ModelCard:
-    # A model that lost whole decoder layers has no such config, but still the name of its checkpoint.
+    # A model without some decoder layers has no such config, but has the name of its checkpoint.
     config = getattr(model.config, "condense_config", None) or describe_base(model.name_or_path or "")
     base = config.get("base_model") or getattr(type(model), "_base_class", type(model)).__name__
     form = FORM_TEXTS[plan.form]
@@ -103,12 +103,12 @@ def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = N
     data = ModelCardData(
         library_name="transformers",
         tags=sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])}),
-        base_model=base if "/" in base else None,  # a folder is no name on the hub
+        base_model=base if "/" in base else None,  # a folder is not a name on the hub
         pipeline_tag="text-generation" if model.can_generate() else None,
         datasets=[C4_NAME] if calibration.get("source", "").startswith(C4_NAME) else None,
         **config.get("base_card", {}),
     )
-    # Jinja, which fills in the template, comes with torch.
+    # Needs Jinja, which torch installs.
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -132,7 +132,7 @@ def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = N
 def _commands(
     plan: CondensePlan, config: Mapping[str, Any], base: str, exported: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the command that applies a plan (`apply`) and the one that searches it (`search`, where known)."""
+    """Return the command that applies a plan (`apply`) and, if known, the one that searches it (`search`)."""
     more = {"export_stock": "exported"} if exported else {}
     if exported and exported["gates"]:
         more["export_approximate"] = "true"
@@ -149,7 +149,7 @@ def _commands(
     if plan.config is None or plan.calibration is None:
         return found
     defaults = CondenseConfig().to_dict()
-    # Left out: what is the default (but for the budget), was not part of the search, or changes nothing in its result.
+    # Left out: defaults other than the budget, and options that do not change the result of the search.
     left_out = {*_REFIT, "cache_memory", *(["num_layers"] if plan.config.get("layers") else [])}
     always = ("num_layers", "num_experts")
     search = {
@@ -174,25 +174,25 @@ def _file_name(source: str) -> str:
 
 
 def add_results(checkpoint: str | os.PathLike, results: str | os.PathLike | Mapping[str, Any]) -> None:
-    """Add results of lm-eval to a saved checkpoint's model card, as a table and as metadata for the hub.
+    """Add lm-eval's results to a saved checkpoint's model card, as a table and as metadata for the hub.
 
-    Results that the card had before are replaced.
+    Results that the card already has are replaced.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder of a condensed checkpoint with its generated README.md.
-        results (`str`, `os.PathLike` or mapping): A `results_....json` that `lm_eval --output_path` wrote, or what
-            `lm_eval.simple_evaluate` returned.
+        results (`str`, `os.PathLike` or mapping): A `results_....json` written by `lm_eval --output_path`, or the
+            return value of `lm_eval.simple_evaluate`.
 
     Raises:
-        ValueError: if the folder has no generated model card, or the results hold no score.
+        ValueError: if the folder has no generated model card, or there is no score in the results.
     """
     path = Path(checkpoint) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if MODEL_CARD_MARK not in text:
-        raise ValueError(f"{path} is not a model card that was generated as a condensed model was saved.")
+        raise ValueError(f"{path} is not a model card generated by saving a condensed model.")
     scores = _scores(results if isinstance(results, Mapping) else json.loads(Path(results).read_text(encoding="utf-8")))
     if not scores:
-        raise ValueError("`results` holds no score: it should be a results file of lm-eval, with a key 'results'.")
+        raise ValueError("`results` has no score: it should be a results file of lm-eval, with a key 'results'.")
     card: Any = ModelCard(text)
     name = re.search(r"^# (.*)", card.text, re.MULTILINE)
     card.data.model_name = name[1] if name else Path(checkpoint).name

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the words of cards and tables for each form of a plan."""
+"""Tables in Markdown, and the wording of cards and tables for each form of a plan."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..sizes import format_bytes
 
 
 class FormText(NamedTuple):
-    """The words for one form of a plan.
+    """The wording for one form of a plan.
 
     Args:
         done (`str`): Participle for the plan's layers.
-        exported (`str`): Participle for a checkpoint of the base architecture.
-        change (`str`): Sentence on the change, with a place for the number of `layers`.
+        exported (`str`): Description of a checkpoint of the base architecture.
+        change (`str`): Clause that describes the change, formatted with the number of `layers`.
     """
 
     done: str
@@ -27,26 +27,26 @@ FORM_TEXTS = {
     "condense": FormText(
         "condensed",
         "condensed, with plain dense layers",
-        "in {layers} decoder layers, the router and all but a few routed experts are gone, and\n"
-        "those that are kept stand, with constant gates, beside the shared expert in one dense MLP\n"
+        "in {layers} decoder layers, the router and all but a few routed experts are removed. The kept experts,\n"
+        "with constant gates, and the shared expert form one dense MLP\n"
         "([CD-MoE](https://arxiv.org/abs/2412.00069)).",
     ),
     "trim_layer": FormText(
         "trimmed",
         "trimmed, with plain dense layers",
-        "in {layers} decoder layers, the whole MLP sub-layer is gone, and only the residual\n"
+        "in {layers} decoder layers, the whole MLP sub-layer is removed and only the residual\n"
         "passes (Layer Trimming, [He et al. 2024](https://arxiv.org/abs/2406.15786)).",
     ),
     "trim_block": FormText(
         "dropped",
         "with fewer decoder layers",
-        "{layers} decoder layers are gone\n(Block Trimming, [He et al. 2024](https://arxiv.org/abs/2406.15786)).",
+        "{layers} decoder layers are removed\n(Block Trimming, [He et al. 2024](https://arxiv.org/abs/2406.15786)).",
     ),
 }
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Format a Markdown table whose columns line up, numbers to the right."""
+    """Format a Markdown table with aligned columns, numbers to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *texts]) for i in range(len(header))]
     left = [all(isinstance(row[i], str) for row in rows) and i == 0 for i in range(len(header))]
@@ -86,7 +86,7 @@ def plan_table(plan: CondensePlan) -> str:
 
 
 def sizes_table(parameters: Mapping[str, int], dtype: Any) -> str:
-    """Format the parameters and bytes of several models; the others are compared with the first."""
+    """Format the parameters and bytes of several models, and the savings relative to the first."""
     before = next(iter(parameters.values()))
     rows = [
         (name, f"{count:,}", format_bytes(count * dtype.itemsize), f"{1 - count / before:.1%}")

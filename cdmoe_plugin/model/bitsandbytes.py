@@ -1,4 +1,4 @@
-"""Repairs to layers of bitsandbytes in condensed models."""
+"""Workarounds for layers of bitsandbytes in condensed models."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ logger = logging.get_logger(__name__)
 
 
 def settle_bitsandbytes(model: Any) -> None:
-    """Let a model with layers of bitsandbytes compute from its weights as they are stored, and be saved again.
+    """Let a model with layers of bitsandbytes compute from its stored weights, and be saved: works around two bugs.
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4 bit layer's weights at its first forward pass in eval mode.
-    That fails unless `out_features % 32 == 0` and `in_features % 64 == 0`, which a gate per token (one row) never has.
-    Where it succeeds, no gradient passes through the layer any more, `dequantize()` returns other weights, and so does
-    opening what is saved without double quantisation. So repacking is switched off.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer's weights at its first forward pass in eval mode.
+    That fails unless `out_features % 32 == 0` and `in_features % 64 == 0`, which is never true of a gate per token (one
+    row). Where it succeeds, the layer passes no gradient, `dequantize()` returns wrong weights and, without double
+    quantisation, a saved checkpoint opens with wrong weights. So repacking is switched off.
 
-    A checkpoint that was quantised when it was opened can't be saved again in transformers 5.17 to 5.23: their reader
-    of quantised weights is noted as something to undo, and has no inverse. It needs none.
+    In transformers 5.17 to 5.23, a checkpoint that was opened quantised can't be saved again: saving tries to invert
+    the conversion that reads quantised weights, which has no inverse and needs none.
     """
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         return
@@ -30,7 +30,7 @@ def settle_bitsandbytes(model: Any) -> None:
                 narrow.append(name)
     if narrow:
         logger.warning(
-            f"The input widths of {len(narrow)} layers in 4 bit, such as {narrow[0]}, are no multiples of 64: "
+            f"The input widths of {len(narrow)} layers in 4 bit, such as {narrow[0]}, are not multiples of 64: "
             "bitsandbytes 0.50 computes wrong values from such weights on some CPUs. Use 8 bit, or name these layers "
             "in `llm_int8_skip_modules`."
         )

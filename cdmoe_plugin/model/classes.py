@@ -1,4 +1,4 @@
-"""The condensed classes of this package, made on first use: where pickle and the auto classes look for them."""
+"""The condensed classes of this package, made on first use. Pickle and the auto classes look for them here."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class EmptyLinear(nn.Linear):
-    """A projection from or to nothing, of an MLP that kept no expert and has no shared one.
+    """A projection of width 0, for an MLP that keeps no expert and has no shared one.
 
-    bitsandbytes divides by its width. transformers quantises `nn.Linear`s, and none of its subclasses.
+    A subclass because transformers quantises exactly `nn.Linear`, and bitsandbytes divides by the width.
     """
 
 
@@ -59,14 +59,14 @@ class CondensedMLP(nn.Module):
         hidden_size (`int`): Width H of input and output.
         intermediate_size (`int`): Number of neurons, `shared_intermediate_size + K * expert width`; may be 0.
         hidden_act (`str`): Name of the activation in transformers' `ACT2FN`.
-        shared_intermediate_size (`int`): How many of the neurons, from the first, are the shared expert's.
+        shared_intermediate_size (`int`): Number of neurons of the shared expert, which come first.
         shared_expert_gate (`bool`): Whether the shared expert has a per-token sigmoid gate.
         bias (`bool`): Whether the three projections have biases.
-        output_bias (`bool`): Whether the down projection has one, also where the others have none.
+        output_bias (`bool`): Whether the down projection has a bias even if the others have none.
         gated_activation (`Mapping`, *optional*): A "form" of `GATED_ACTIVATIONS` and its constants; "plain" by default.
             With "ungated", there is no gate projection.
-        shared_gated_activation (`Mapping`, *optional*): The same for the shared expert's neurons, where it differs.
-        returns_tuple (`bool`): Whether decoder layers expect router scores beside the output; they are None then.
+        shared_gated_activation (`Mapping`, *optional*): The same for the shared expert's neurons, if it differs.
+        returns_tuple (`bool`): Whether decoder layers expect router scores beside the output. They are None.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CondensedMLP(nn.Module):
 
     @classmethod
     def from_spec(cls, hidden_size: int, spec: Mapping[str, Any]) -> CondensedMLP:
-        """Build the empty MLP that `condensed_layers` of a model's `condense_config` describes.
+        """Build the MLP, without weights, that an entry of `condense_config["condensed_layers"]` describes.
 
         Raises:
             ValueError: if the spec contradicts itself; `KeyError` and `TypeError` if it lacks or mistypes a value.
@@ -115,7 +115,7 @@ class CondensedMLP(nn.Module):
         return cls(hidden_size, **known)
 
     def keep_norm(self, name: str, norm: nn.Module) -> None:
-        """Normalise the output, as some architectures do, under the name that the norm has in their sparse blocks."""
+        """Normalise the output, as some architectures do, with a norm that keeps its name in the sparse block."""
         self.add_module(name, norm)
         self.norm_name = name
 
@@ -127,7 +127,7 @@ class CondensedMLP(nn.Module):
         return (output, None) if self.returns_tuple else output
 
     def sum_of_experts(self, hidden_states: Tensor) -> Tensor:
-        """The output before any norm."""
+        """Compute the output before any norm."""
         up = self.up_proj(hidden_states)
         inner = self._inner(up if self.gate_proj is None else self.gate_proj(hidden_states), up)
         if self.shared_expert_gate is not None:
@@ -159,21 +159,21 @@ def _known_activation(spec: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 class Omitted(nn.Module):
-    """Zeros in place of a shared expert that is folded into the condensed MLP beside it."""
+    """A stand-in for a shared expert that is folded into the condensed MLP beside it: returns zero."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(())
 
 
 class NoRouter(nn.Module):
-    """Nothing in place of a router that a decoder layer calls before its experts; a condensed MLP needs no routing."""
+    """A stand-in for a router that a decoder layer calls before its experts; a condensed MLP needs no routing."""
 
     def forward(self, *_args: Any) -> tuple[None, None, None]:
         return None, None, None
 
 
 class Trimmed(nn.Module):
-    """Zeros in place of a whole MLP that was dropped: only the residual passes."""
+    """A stand-in for a dropped MLP: returns zeros, so that only the residual passes."""
 
     def __init__(self, returns_tuple: bool = False) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Trimmed(nn.Module):
 
 
 def install_condensed_layers(model: PreTrainedModel) -> None:
-    """Put an empty `CondensedMLP` (or `Trimmed`) in place of every block that `model.config.condense_config` lists.
+    """Replace the blocks that `model.config.condense_config` lists with new `CondensedMLP`s or `Trimmed`s.
 
     Raises:
         ValueError: if the config names modules that the model does not have, or describes them wrongly.

@@ -10,7 +10,7 @@ from .layers_cdmoe import CondensedMLP, Trimmed
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
-    """Map decoder layers to a condensed model's MLPs, in the order of depth; empty if the MLPs were trimmed.
+    """Map decoder layers to the MLPs of a condensed model, by depth. Empty if the MLPs were trimmed.
 
     Raises:
         ValueError: if the model is not condensed.

@@ -1,12 +1,12 @@
 """Condensed Mixture-of-Experts models for transformers.
 
-A *condensed* layer is a sparse block without its router, whose kept experts, with constant gates, are folded with the
-shared expert into one dense gated MLP (CD-MoE, arXiv 2412.00069). For every model class `X` of transformers there is a
-class `CDMoEX`, a subclass made on first use, and for its config class one with `model_type` "cdmoe_<base>".
-`config.condense_config` says which layers are condensed and how wide they are; weights keep the base model's names.
+In a *condensed* layer, a dense gated MLP replaces the sparse block: the shared expert and the kept experts, with
+constant gates and without a router (CD-MoE, arXiv 2412.00069). Every model class `X` of transformers has a subclass
+`CDMoEX`, made on first use, and its config class one with `model_type` "cdmoe_<base>". `config.condense_config` holds
+the condensed layers and their widths; weights keep the base model's names.
 
 This file and `layers_cdmoe.py` are also saved beside weights, for `trust_remote_code=True` where the package
-`cdmoe_plugin` is not installed. So they import torch, transformers and each other only.
+`cdmoe_plugin` is not installed. They therefore import only torch, transformers and each other.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .layers_cdmoe import install_condensed_layers
 
 PREFIX = "CDMoE"
 MODEL_TYPE_PREFIX = "cdmoe_"
-# Config fields that hold the weight of a router's load-balancing loss, as architectures name them.
+# Names of the config field with the weight of the router's load-balancing loss.
 _ROUTER_LOSS_FIELDS = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 
-# For type checkers, a condensed model is a model; at run time the base class is added by `ClassFactory`.
+# Type checkers see a model; at run time, `ClassFactory` adds the base class.
 _Model: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
 class CondensedModelMixin(_Model):
-    """The condensed layers of a model, and the loading that refuses a checkpoint without all of its weights."""
+    """A model with condensed layers, whose `from_pretrained` refuses a checkpoint that lacks weights."""
 
     _base_class: Any
 
@@ -48,11 +48,11 @@ class CondensedModelMixin(_Model):
 
     @property
     def condense_plan(self) -> Any:
-        """The plan that was applied, as a `dict`; None if the config holds none."""
+        """The applied plan as a `dict`, or None if the config has none."""
         return (self.config.condense_config or {}).get("plan")
 
-    # transformers searches the source of a class's own module for "@use_experts_implementation" and falls back to the
-    # slow loop over experts if it is missing; only the base class's module has it.
+    # transformers searches the source of the class's module for "@use_experts_implementation" and falls back to the
+    # slow loop over experts without it; only the base class's module has it.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls._base_class._can_set_experts_implementation()
@@ -63,11 +63,11 @@ class CondensedModelMixin(_Model):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does, but refuse a checkpoint that lacks weights of the decoder.
+        """Load a checkpoint as `PreTrainedModel.from_pretrained`, but refuse one that lacks weights of the base model.
 
         Raises:
-            ValueError: if a weight of the base model is missing or has another shape, or if a condensed layer has no
-                place for one.
+            ValueError: if a weight of the base model is missing or has another shape, or if the checkpoint has weights
+                in a condensed layer that this layer does not have.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -76,15 +76,15 @@ class CondensedModelMixin(_Model):
 
 
 def _refuse_another_checkpoint(model: Any, info: Mapping[str, Any]) -> None:
-    # Only a head that is new, such as that of a classifier, may start from random weights.
+    # Only a new head, such as a classifier's, may start from random weights.
     whole = model.base_model is model or model.get_output_embeddings() is not None
     random = {str(key) for key in info.get("missing_keys", ())}
-    random |= {str(key[0]) for key in info.get("mismatched_keys", ())}  # where the caller ignores the sizes
+    random |= {str(key[0]) for key in info.get("mismatched_keys", ())}  # with `ignore_mismatched_sizes`
     lost = sorted(key for key in random if whole or key.startswith(f"{model.base_model_prefix}."))
     if lost:
         raise ValueError(
             f"The checkpoint {model.name_or_path!r} lacks {len(lost)} weights of this condensed model, such as "
-            f"{lost[:3]}: it was not saved whole, or its config.json belongs to another checkpoint."
+            f"{lost[:3]}: it was not saved completely, or its config.json belongs to another checkpoint."
         )
     places = []
     for spec in model.config.condense_config["condensed_layers"].values():
@@ -100,10 +100,10 @@ def _refuse_another_checkpoint(model: Any, info: Mapping[str, Any]) -> None:
 
 
 def silence_router_loss(model: PreTrainedModel) -> None:
-    """Turn the router's load-balancing loss off, in the config and on the model, once no router is left.
+    """Turn the router's load-balancing loss off, in the config and on the model, if no router is left.
 
-    transformers computes that loss over all routers and fails if there are none; TRL switches it on by itself
-    wherever the config holds a coefficient other than 0.
+    transformers fails to compute that loss without any router, and TRL switches it on whenever the config has a
+    coefficient other than 0.
     """
     config = model.config
     if hasattr(config, "output_router_logits"):
@@ -117,20 +117,20 @@ def silence_router_loss(model: PreTrainedModel) -> None:
 def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> dict[str, str] | None:
     """Add the condensed MLPs to the base architecture's tensor parallel plan.
 
-    Names are patterns ("layers.*.mlp.up_proj"), so sparse layers and those that always were dense share the entries;
-    they have other names inside, or the same gated MLP. A gate per token scales the first of the MLP's neurons: with
-    such a gate, the neurons of all processes are gathered before it, and split again after it.
+    Names are patterns ("layers.*.mlp.up_proj") that also match sparse layers and layers that were always dense. The
+    former have other names inside, the latter the same gated MLP. A per-token gate scales only the first neurons of the
+    MLP: with such a gate, the neurons of all processes are gathered before it and split again after it.
     """
     if not base_plan:
         return None
     plan = dict(base_plan)
     layers = config.condense_config.get("condensed_layers") if isinstance(config.condense_config, Mapping) else None
     specs = [spec for spec in layers.values() if isinstance(spec, Mapping)] if isinstance(layers, Mapping) else []
-    # A trimmed MLP has nothing to split; a spec that is not valid is refused when the layers are made.
+    # A trimmed MLP has nothing to split; an invalid spec is refused when the layers are made.
     specs = [spec for spec in specs if isinstance(spec.get("module"), str) and "shared_expert_gate" in spec]
     for spec in sorted(specs, key=lambda spec: bool(spec["shared_expert_gate"])):
         place = re.sub(r"\.\d+(?=\.|$)", ".*", spec["module"])
-        if spec.get("router") is not None:  # in the place of other layers' experts: neither is split
+        if spec.get("router") is not None:  # under the name of other layers' experts: neither is split
             plan = {name: how for name, how in plan.items() if not f"{name}.".startswith(f"{place}.")}
             continue
         gated = ("colwise_gather_output", "rowwise_split_input")
@@ -140,7 +140,7 @@ def tensor_parallel_plan(base_plan: Mapping[str, str] | None, config: Any) -> di
 
 
 class ClassFactory:
-    """Make condensed classes on first use, as attributes of one module, where pickle and auto classes look for them.
+    """A factory of condensed classes, made on first use as attributes of a module for pickle and the auto classes.
 
     Args:
         module (`str`): Name of the module.
@@ -172,7 +172,7 @@ class ClassFactory:
             return tensor_parallel_plan(vars(config).get("base_model_tp_plan", base.base_model_tp_plan), config)
 
         def set_plan(config: Any, plan: dict[str, str] | None) -> None:
-            vars(config)["base_model_tp_plan"] = plan  # as transformers 5.17 to 5.19 do where embeddings are tied
+            vars(config)["base_model_tp_plan"] = plan  # transformers 5.17 to 5.19 set it if embeddings are tied
 
         return self._made(
             base,
@@ -195,11 +195,11 @@ class ClassFactory:
             (base.config_class.model_type, config_class.model_type),
         ):
             mapping = get_checkpoint_conversion_mapping(known)
-            # Without this, the names on disk would change, and original checkpoints would not be understood.
+            # Without it, the names on disk would change, and original checkpoints would not open.
             if mapping is not None and get_checkpoint_conversion_mapping(new) is None:
                 register_checkpoint_conversion_mapping(new, mapping)
         made = self._made(base, (self.mixin, base), {"config_class": config_class, "_base_class": base})
-        # Classification heads build their decoder by `AutoModel.from_config`, also where this file is a copy.
+        # Classification heads make their decoder with `AutoModel.from_config`, even if this file is a copy.
         decoders = AutoModel._model_mapping
         if base.config_class in decoders and config_class not in decoders:
             decoder: Any = decoders[base.config_class]

@@ -1,10 +1,10 @@
 """DeepSeekMoE (`model_type` "deepseek", the architecture of DeepSeekMoE-16B) for transformers 5.
 
-A Llama decoder whose feed-forward layers are, from some layer on, routed experts beside shared
-experts that see every token. Checkpoints in the layout of the original release open as they are.
+A Llama decoder in which, from some layer on, routed experts and shared experts that process every
+token replace the MLP. Checkpoints of the original release open without conversion.
 
 A copy of this file is saved beside the weights of condensed models, for `trust_remote_code=True` where the
-package is not installed: it imports torch, transformers and `modeling_cdmoe`, which is copied too.
+package is not installed: it imports only torch, transformers and `modeling_cdmoe`, which is copied too.
 """
 
 import sys
@@ -45,34 +45,34 @@ from .modeling_cdmoe import ClassFactory, CondensedModelMixin
 class DeepseekConfig(LlamaConfig):
     """Configuration of a DeepSeekMoE model.
 
-    Takes the `config.json` of the original release (`rope_theta`, `rope_scaling`, `torch_dtype`)
-    and keeps its defaults. Fields that are not listed here are those of [`LlamaConfig`].
+    The `config.json` of the original release is supported (`rope_theta`, `rope_scaling`,
+    `torch_dtype`), with its defaults. Fields that are not listed here are those of [`LlamaConfig`].
 
     Args:
         moe_intermediate_size (`int`, *optional*, defaults to 1407):
             Width of one routed expert, and of one shared expert.
         n_routed_experts (`int`, *optional*):
-            Number of routed experts of a sparse layer; also readable as `num_experts`. `None`: all
-            layers are dense.
+            Number of routed experts of a sparse layer, also called `num_experts`. All layers are
+            dense if `None`.
         n_shared_experts (`int`, *optional*):
-            Number of shared experts of a sparse layer, stored as one MLP of their total width.
-            `None`: no shared experts.
+            Number of shared experts of a sparse layer, stored as one MLP of their total width. No
+            shared experts if `None`.
         num_experts_per_tok (`int`, *optional*):
-            Number of routed experts that each token is sent to.
+            Number of routed experts per token.
         first_k_dense_replace (`int`, *optional*, defaults to 0):
-            Number of dense layers at the bottom of the model.
+            Number of dense layers before the first sparse one.
         moe_layer_freq (`int`, *optional*, defaults to 1):
-            Above those, only the layers whose index is a multiple of this number are sparse.
+            After those, only layers whose index is a multiple of this number are sparse.
         norm_topk_prob (`bool`, *optional*, defaults to `False`):
             Whether the weights of the chosen experts, if more than one, are scaled to sum to 1.
         scoring_func (`str`, *optional*, defaults to `"softmax"`):
-            How router logits become expert weights. Only `"softmax"` is supported.
+            Function from router logits to expert weights. Only `"softmax"` is supported.
         aux_loss_alpha (`float`, *optional*, defaults to 0.001):
-            Coefficient of the load-balancing loss; also readable as `router_aux_loss_coef`. The
-            loss is added only where `output_router_logits` is set.
+            Coefficient of the load-balancing loss, also called `router_aux_loss_coef`. The loss is
+            added only if `output_router_logits` is set.
         seq_aux (`bool`, *optional*, defaults to `True`):
-            Without effect: the load-balancing loss is the one of transformers' other MoEs, over
-            the batch rather than per sequence. Kept because the original's files hold it.
+            Without effect, for compatibility with the original's files: the load-balancing loss is
+            that of transformers' other MoEs, over the batch rather than per sequence.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether to return the router logits, and with them the load-balancing loss.
     """
@@ -82,7 +82,7 @@ class DeepseekConfig(LlamaConfig):
         "num_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
     }
-    # Taken from Qwen2-MoE rather than spelled out: the styles differ between transformers' releases
+    # Taken from Qwen2-MoE because the styles differ between releases of transformers
     base_model_tp_plan = {
         **Qwen2MoeConfig.base_model_tp_plan,
         "layers.*.mlp.shared_experts.gate_proj": "colwise",
@@ -108,8 +108,8 @@ class DeepseekConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The files that an original checkpoint names do not travel along when the model is saved
-        # again. A copy of this file, though, is itself what the checkpoint beside it names.
+        # Saving does not copy the code files named by an original checkpoint, so the entry would be
+        # wrong. If this file is itself such a copy, the entry stays.
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
@@ -118,7 +118,7 @@ class DeepseekConfig(LlamaConfig):
         self.validate()  # as transformers' own configurations do when they are made
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
-        """Tell whether a decoder layer holds routed experts rather than a plain MLP.
+        """Return whether a decoder layer has routed experts rather than a plain MLP.
 
         Args:
             layer_idx (`int`): Index of the decoder layer, from 0.
@@ -131,10 +131,10 @@ class DeepseekConfig(LlamaConfig):
 
 
 class DeepseekTopKRouter(Qwen2MoeTopKRouter):
-    """Softmax over all experts in float32, then the largest `num_experts_per_tok`.
+    """The router: a softmax over all experts in float32, then the largest `num_experts_per_tok`.
 
-    The original adds 1e-20 to the sum that it divides the chosen weights by. That sum is at least
-    `num_experts_per_tok / n_routed_experts`, so in float32 nothing changes without the addition.
+    The original adds 1e-20 to the sum by which it divides the chosen weights. That sum is at least
+    `num_experts_per_tok / n_routed_experts`, so the addition changes nothing in float32.
 
     Args:
         config (`DeepseekConfig`): Configuration of the model.
@@ -147,7 +147,7 @@ class DeepseekTopKRouter(Qwen2MoeTopKRouter):
 
 
 class DeepseekSparseMoeBlock(nn.Module):
-    """Routed experts, plus shared experts that take part for every token with weight 1.
+    """A sparse block: routed experts, plus shared experts that process every token with weight 1.
 
     Args:
         config (`DeepseekConfig`): Configuration of the model.
@@ -182,7 +182,7 @@ class DeepseekSparseMoeBlock(nn.Module):
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer; [`~DeepseekConfig.is_sparse_layer`] says which have a sparse block.
+    """A Llama decoder layer with a sparse block if [`~DeepseekConfig.is_sparse_layer`].
 
     Args:
         config (`DeepseekConfig`): Configuration of the model.
@@ -190,7 +190,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
     """
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
-        # Skips `LlamaDecoderLayer.__init__`, which would build an MLP only to have it replaced
+        # Skip `LlamaDecoderLayer.__init__`, which would build an MLP that is replaced here
         super(LlamaDecoderLayer, self).__init__()
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config, layer_idx)
@@ -201,7 +201,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
-    """Supported features and weight initialisation, mostly those of Qwen2-MoE."""
+    """The supported features and weight initialisation, mostly those of Qwen2-MoE."""
 
     config: DeepseekConfig  # type: ignore[assignment]
     _no_split_modules = ["DeepseekDecoderLayer"]
@@ -213,8 +213,8 @@ class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator of the experts class in this module's text, where it
-        # is not, and would silently run the experts one after the other.
+        # transformers looks for the decorator of the experts class in this module's source, does
+        # not find it, and would silently run the experts one after the other.
         return True
 
 
@@ -236,7 +236,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    # A plain causal decoder that returns MoE outputs; OLMoE's has just the parts named above
+    # OLMoE's forward uses exactly the parts above: a plain causal decoder that returns MoE outputs
     forward = OlmoeModel.forward
 
 
@@ -262,12 +262,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
-    # Logits, loss, and the load-balancing loss where router logits are asked for
     forward = Qwen2MoeForCausalLM.forward
 
     @staticmethod
     def create_masks_for_generate(*args: Any, **kwargs: Any) -> Any:
-        """Make one mask: Qwen2-MoE's config asks for one per kind of attention, and here all is full."""
+        """Make a single mask. Qwen2-MoE has one for each type of attention; here, attention is always full."""
         masks = create_masks_for_generate(*args, **kwargs)
         return masks["full_attention"] if isinstance(masks, dict) else masks
 
@@ -280,8 +279,8 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, Deepse
     """
 
     def __init__(self, config: DeepseekConfig) -> None:
-        # Skips the generic `__init__`: it finds the decoder through `AutoModel`, which does not
-        # know this class where the file is opened as custom code
+        # Skip the generic `__init__`, which makes the decoder with `AutoModel`: that does not know
+        # this class if the file is opened as custom code
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = DeepseekModel(config)
@@ -289,9 +288,9 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, Deepse
         self.post_init()
 
 
-# Checkpoints hold each expert on its own, modules hold a layer's experts fused. transformers
-# converts between the two on load and on save, but for custom code only if its model type is
-# registered. This file may be imported again, as a copy beside weights: the first mapping stays.
+# Checkpoints store the experts of a layer one by one, modules store them fused. transformers
+# converts between the two on load and on save, for custom code only if its model type is
+# registered. This file may be imported again as a copy beside weights: the first mapping stays.
 if DeepseekConfig.model_type not in USER_REGISTERED_MAPPINGS:
     register_checkpoint_conversion_mapping(
         DeepseekConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
@@ -306,7 +305,7 @@ __all__ = [
 ]
 
 
-# Where this file is a copy, `config.json` names the condensed classes here; the package has its own in `classes`.
+# For `config.json` beside a copy of this file; the package has its condensed classes in `classes`.
 _condensed = ClassFactory(__name__, CondensedModelMixin)
 
 

@@ -1,7 +1,7 @@
-"""Make transformers' auto classes know condensed models, and DeepSeekMoE-16B's architecture, on first use.
+"""Lazy registration of condensed models, and of DeepSeekMoE-16B's architecture, with transformers' auto classes.
 
-Any of a hundred base architectures may have been condensed. Registering a class for each would import every
-modeling file of transformers, so a model type is registered when an auto class first looks it up.
+About a hundred architectures can be condensed. Registering a class for each would import every modeling file of
+transformers, so a model type is registered when an auto class first looks it up.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MODEL_TYPE_PREFIX = "cdmoe_"
 _MAPPING = configuration_auto.CONFIG_MAPPING
 
 
-# transformers has no way to register a model type whose classes are imported later: `AutoConfig.register` takes a
-# class, and all base architectures would have to be imported. So the private dict behind it is replaced by one that
-# registers on look-up (tested with transformers 5.17 and 5.23). It can go once names can be registered lazily.
+# transformers can't register a model type whose classes are imported later: `AutoConfig.register` takes a class. So
+# the private dict behind it is replaced by one that registers on look-up (tested with transformers 5.17 and 5.23). It
+# can go once transformers registers names lazily.
 class _OnDemand(dict):
     """The user-registered part of transformers' `CONFIG_MAPPING`, which registers condensed model types on look-up."""
 
@@ -37,7 +37,7 @@ class _OnDemand(dict):
 
 
 def is_ours(model_type: object) -> bool:
-    """Tell whether a model type is "deepseek" (if transformers lacks it) or "cdmoe_" plus one that it knows."""
+    """Return whether a model type is "cdmoe_" and a type of transformers, or "deepseek" if transformers lacks it."""
     if not isinstance(model_type, str):
         return False
     base = model_type.removeprefix(MODEL_TYPE_PREFIX)
@@ -47,7 +47,7 @@ def is_ours(model_type: object) -> bool:
 
 
 def register() -> None:
-    """Add the model types of this package to `AutoConfig`; called as this module is imported, safe to call again."""
+    """Add the model types of this package to `AutoConfig`. Called when this module is imported; safe to call again."""
     if not isinstance(_MAPPING._extra_content, _OnDemand):
         _MAPPING._extra_content = _OnDemand(_MAPPING._extra_content)
 
@@ -66,7 +66,7 @@ def register_deepseek() -> None:
 
 def register_condensed(base_model_type: str) -> None:
     """Register "cdmoe_<base>" with AutoConfig and with every auto class that opens the base model type."""
-    # Not at the top: `import cdmoe_plugin` should import none of this.
+    # Not at the top: `import cdmoe_plugin` stays light.
     from .classes import condensed_config_class, condensed_model_class
     from .saving import auto_classes
 

@@ -1,4 +1,4 @@
-"""Saving of condensed models: whole or not at all, with the plan, a model card and the code that opens them."""
+"""Saving of condensed models, atomically, with the plan, a model card and the code that opens them."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class CheckpointMixin(CondensedModelMixin):
 
     @property
     def condense_plan(self) -> Any:
-        """The `CondensePlan` that was applied; None if the config holds none."""
+        """The applied `CondensePlan`, or None if the config has none."""
         plan = super().condense_plan
         if plan is None:
             return None
         try:
             return CondensePlan.from_dict(plan)
         except ValueError as error:
-            raise ValueError(f"`condense_config.plan` of this model's config is no valid plan: {error}") from error
+            raise ValueError(f"`condense_config.plan` of this model's config is not a valid plan: {error}") from error
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as `CondensedModelMixin.from_pretrained` does, and prepare layers of bitsandbytes."""
+        """Load a checkpoint as `CondensedModelMixin.from_pretrained`, and prepare layers of bitsandbytes."""
         loaded = super().from_pretrained(*args, **kwargs)
         settle_bitsandbytes(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel.save_pretrained` does, with the plan, the modeling files and a model card.
+        """Save the model as `PreTrainedModel.save_pretrained`, with the plan, the modeling files and a model card.
 
-        If anything fails, `save_directory` holds the old checkpoint as it was, see `replacing_files`.
+        If saving fails, `save_directory` is unchanged; see `replacing_files`.
         """
         only_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        # Under torch.distributed, transformers lets the first process alone write.
+        # Under torch.distributed, only the first process writes.
         saves = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
         if only_adapters or not saves or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process, **kwargs)
             return
-        if any(parameter.is_meta for parameter in self.parameters()):  # offloaded: each file is assembled in memory
+        if any(parameter.is_meta for parameter in self.parameters()):  # offloaded: each shard is assembled in memory
             kwargs.setdefault("max_shard_size", "1GB")
             state_dict = checkpoint_state(self) if kwargs.get("state_dict") is None else None
             if state_dict is not None:
@@ -76,20 +76,20 @@ class CheckpointMixin(CondensedModelMixin):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
     ) -> Any:
-        """Upload what was saved: the last step of both `push_to_hub` and `save_pretrained(push_to_hub=True)`.
+        """Upload the saved files, as the last step of `push_to_hub` and `save_pretrained(push_to_hub=True)`.
 
-        transformers has just put a generic card over ours, and would leave out files that were written before its own.
-        A card in the hub's repository that somebody wrote stays.
+        transformers has just replaced our card with a generic one, and uploads only files that changed since. A card
+        in the hub's repository that was written by hand is kept.
         """
         if not getattr(self, "_hf_peft_config_loaded", False):
             if not is_someones_card(Path(working_dir, "README.md")):
                 write_model_card(self, Path(working_dir))
-            files_timestamps = {}  # the folder is a temporary one and holds this checkpoint alone
+            files_timestamps = {}  # all files: the folder is temporary and has nothing but this checkpoint
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 
 def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedModel]]:
-    """Map the name of each AutoModel class that opens a config class to the model class that it opens."""
+    """Map the names of the AutoModel classes that open a config class to the model classes that they open."""
     found = {}
     for auto_name, auto_class in vars(modeling_auto).items():
         mapping = getattr(auto_class, "_model_mapping", None)
@@ -102,14 +102,14 @@ def auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrai
 
 
 def _older_files(variant: str | None) -> re.Pattern[str]:
-    """Match files that an earlier save may have left: shards, and the code for saving that version 0.1 wrote."""
+    """Match files that an earlier save may have left: shards, and the saving code of version 0.1."""
     ending = re.escape(f".{variant}") if variant else ""
     weights = rf"model{ending}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
     return re.compile(rf"{weights}|model\.safetensors\.index{ending}\.json|saving_cdmoe\.py")
 
 
 def auto_map(model_class: Any) -> dict[str, str]:
-    """Map each auto class to the class of the modeling files that `trust_remote_code=True` opens (for config.json)."""
+    """Map auto classes to classes in the modeling files, for `trust_remote_code=True` (`auto_map` in config.json)."""
     base = model_class._base_class
     module = modeling_files(model_class)[-1].stem
     classes = {name: PREFIX + cls.__name__ for name, cls in auto_classes(base.config_class).items()}
@@ -119,7 +119,7 @@ def auto_map(model_class: Any) -> dict[str, str]:
 
 
 def modeling_files(model_class: Any) -> list[Path]:
-    """List the files that open a condensed model class without this package, the one with its classes last."""
+    """List the files that define a condensed model class without this package, the one with the class last."""
     files = [Path(str(module.__file__)) for module in (layers_cdmoe, modeling_cdmoe)]
     base = model_class._base_class
     if not base.__module__.startswith("transformers."):  # an architecture that transformers lacks

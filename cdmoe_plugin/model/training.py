@@ -1,4 +1,4 @@
-"""Parameters to train and modules to put LoRA on, so that only the condensed layers learn."""
+"""The parameters to train, or the modules for LoRA, so that only the condensed layers are trained."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
-    """Set `requires_grad` on the condensed layers' MLPs and on nothing else (CD-MoE, section 4.3).
+    """Set `requires_grad` on the condensed layers' MLPs and freeze everything else (CD-MoE, section 4.3).
 
-    transformers' Trainer refuses to train a model with any quantised layer unless it has adapters. If the condensed
-    layers were left out of the quantisation, set `model.is_quantized = False` before the Trainer is made.
+    transformers' Trainer refuses a model with any quantised layer unless it has adapters. If the condensed layers were
+    left out of the quantisation, set `model.is_quantized = False` before making the Trainer.
 
     Returns:
-        `list[str]`: Names of the parameters that will be trained, as in `model.named_parameters()`.
+        `list[str]`: Names of the trainable parameters, as in `model.named_parameters()`.
 
     Raises:
         ValueError: if the model is not condensed, its condensed layers are quantised, or its layers were trimmed.
@@ -50,7 +50,7 @@ def _trainable_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
 
 
 def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) -> None:
-    # Weights in 4 bit may be stored as floating point numbers (`bnb_4bit_quant_storage`), which they are not.
+    # With `bnb_4bit_quant_storage`, weights in 4 bit may be stored as floating point numbers.
     if any(not p.is_floating_point() or hasattr(p, "quant_state") for mlp in mlps for p in mlp.parameters()):
         names = {id(module): name for name, module in model.named_modules()}
         skipped = [*(names[id(mlp)] for mlp in mlps), "lm_head"]
@@ -74,11 +74,11 @@ def condensed_module_names(model: PreTrainedModel) -> list[str]:
 
 
 def quantised_around_condensed(quantization_config: BitsAndBytesConfig, config: PreTrainedConfig) -> BitsAndBytesConfig:
-    """Except the condensed layers of a model, and its head, from quantisation, so that they can be trained.
+    """Exclude a model's condensed layers and its head from quantisation, so that they can be trained.
 
     Args:
-        quantization_config (`BitsAndBytesConfig`): Changed in place, and returned.
-        config (`PreTrainedConfig`): That of the condensed checkpoint.
+        quantization_config (`BitsAndBytesConfig`): Changed in place and returned.
+        config (`PreTrainedConfig`): The config of the condensed checkpoint.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
