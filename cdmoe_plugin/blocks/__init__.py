@@ -1,15 +1,15 @@
-"""The one place that understands the sparse blocks of transformers.
+"""The sparse blocks of transformers, in one normal form.
 
-A block is found by its structure, not by its class: a direct child of a decoder layer that holds stacked expert
-weights. What can be condensed computes
+A block is found by its structure, not by its class: a direct child of a decoder layer with stacked expert weights. The
+blocks that can be condensed compute
 
     y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x)
 
-with gated MLPs `E_i` and `S` of one activation, clamped or not, with or without biases. The ways in which blocks
-depart from this form (a norm of the sum, maps around the experts, a router in the decoder layer, ...) are quirks, one
-file each in `quirks/`. Every part of that claim is probed on the block itself before anything relies on it, so that an
-architecture which does something else is refused with the reason and never condensed wrongly. `SparseBlock` is the
-normal form, and all that the rest of the package uses.
+where `E_i` and `S` are gated MLPs, with or without clamped activations and biases. Departures from this form (a norm of
+the sum, maps around the experts, a router in the decoder layer, ...) are quirks, one file each in `quirks/`. A probe
+verifies all of this on the block itself before anything relies on it, so an architecture that computes something else
+is refused with the reason and never condensed wrongly. `SparseBlock` is the normal form, and the rest of the package
+uses nothing else.
 """
 
 from .block import DensePiece, SparseBlock

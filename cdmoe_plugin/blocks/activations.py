@@ -1,4 +1,4 @@
-"""Finds out what a gated MLP does between its projections: which form of gated activation, and with which constants."""
+"""Detection of a gated MLP's activation: its form and its constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model.layers_cdmoe import GATED_ACTIVATIONS
 from .dispatch import patched_forward
 from .weights import UnsupportedModelError, is_ungated, mlp_linears
 
-# Attributes of modules, or fields of configs, that hold the constants of a gated activation.
+# Attributes of modules or fields of configs with the constants of a gated activation.
 _CONSTANTS = {
     "limit": ("limit", "swiglu_limit"),
     "alpha": ("alpha", "swiglu_alpha"),
@@ -24,25 +24,25 @@ _CONSTANTS = {
 
 
 def experts_activation(experts: nn.Module, hidden_act: str, config: Any) -> dict[str, Any]:
-    """The form of the routed experts' gated activation and its constants, as `CondensedMLP` takes them.
+    """Find the form of the routed experts' gated activation and its constants, as `CondensedMLP` takes them.
 
     Raises:
-        UnsupportedModelError: if it is none of `GATED_ACTIVATIONS`.
+        UnsupportedModelError: if it is not one of `GATED_ACTIVATIONS`.
     """
     if not getattr(experts, "has_gate", True):
         return {"form": "ungated"}
     apply_gate = getattr(experts, "_apply_gate", None)
-    if apply_gate is None:  # the probe of the whole block has the last word
+    if apply_gate is None:  # the probe of the whole block checks it
         return {}
-    # Of one gate and one value, how the two are laid out does not matter.
+    # For one gate and one value, it does not matter whether they are concatenated or interleaved.
     return _find(lambda gate, up: apply_gate(torch.cat([gate, up], -1)), (experts, config), hidden_act, "experts are")
 
 
 def shared_activation(shared: nn.Module, hidden_act: str) -> dict[str, Any]:
-    """As `experts_activation`, for a shared expert.
+    """Find the form of a shared expert's gated activation and its constants; see `experts_activation`.
 
     Raises:
-        UnsupportedModelError: if it is none of `GATED_ACTIVATIONS`.
+        UnsupportedModelError: if it is not one of `GATED_ACTIVATIONS`.
     """
     if is_ungated(shared):
         return {"form": "ungated"}
@@ -76,7 +76,7 @@ def _find(
     apply: Callable[[Tensor, Tensor], Tensor], holders: tuple[Any, ...], hidden_act: str, what: str
 ) -> dict[str, Any]:
     known = {name: _constant(names, holders) for name, names in _CONSTANTS.items()}
-    # Also far from zero, where a clamp shows. On the CPU also where the weights are on the meta device.
+    # Values far from zero show a clamp. On the CPU, as the weights may be on the meta device.
     exact: Any = {"device": "cpu", "dtype": torch.float64}
     sizes = torch.tensor([1.0, 10.0, 50.0, 3 * (known["limit"] or 1.0)], **exact).repeat_interleave(64)[:, None]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -90,7 +90,7 @@ def _find(
             continue
         if torch.allclose(function(ACT2FN[hidden_act], gate, up, **constants), expected, rtol=1e-4, atol=1e-5):
             return {"form": form, **constants} if form != "plain" else {}
-    raise UnsupportedModelError(f"its {what} not {hidden_act}(gate) * up, nor a variant of it that is known")
+    raise UnsupportedModelError(f"its {what} not {hidden_act}(gate) * up, nor a supported variant of it")
 
 
 def _constant(names: tuple[str, ...], holders: tuple[Any, ...]) -> float | None:

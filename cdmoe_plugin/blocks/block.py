@@ -1,4 +1,4 @@
-"""A sparse block in its normal form: the one view of it that the rest of the package has."""
+"""The normal form of a sparse block, through which the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .quirk import Quirk
 from .record import BlockRecord
 from .weights import GatedWeights, UnsupportedModelError, read_experts, read_gated_mlp
 
-# Numbers in one projection of the experts that compute at once: a product copies halves of a fused weight, which on a
-# CPU should not take as much memory again as the layer.
+# Experts compute together up to this many elements per projection. A matrix product copies the halves of a fused
+# weight, which on a CPU should not double the memory of the layer.
 _WEIGHT_ELEMENTS = {"cpu": 2**24, "cuda": 2**30}
 
 
@@ -35,7 +35,7 @@ class DensePiece(NamedTuple):
 class SparseBlock:
     """A sparse block as shared expert plus routed experts.
 
-    It computes `y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x) + b`, but for its quirks.
+    Except for its quirks, it computes `y = d · [sigmoid(w·x) ·] S(x) + c · sum_i g_i(x) E_i(x) + b`.
 
     Args:
         layer (`int`): Decoder layer index.
@@ -48,7 +48,7 @@ class SparseBlock:
         shared_activation (`dict`): The same for the shared expert.
         shared (`nn.Module`, *optional*): The shared expert, in the block or beside it.
         shared_gate (`nn.Linear`, *optional*): Per-token gate of the shared expert, before the sigmoid.
-        quirks (`tuple[Quirk, ...]`): The ways in which the block departs from the common form.
+        quirks (`tuple[Quirk, ...]`): The block's departures from the common form.
         routed_scale (`float`): Constant c, measured by a probe.
         shared_scale (`float`): Constant d, measured by a probe.
     """
@@ -83,7 +83,7 @@ class SparseBlock:
 
     @property
     def shape(self) -> SparseLayerShape:
-        """The sizes by which plans recognise the layer."""
+        """The sizes of the layer, for plans."""
         return SparseLayerShape(self.layer, self.num_experts, self.intermediate_size, self.shared_intermediate_size)
 
     @property
@@ -95,7 +95,7 @@ class SparseBlock:
         return self.expert_weights().gate.dtype
 
     def decoder_layer(self, model: PreTrainedModel) -> nn.Module:
-        """Find the decoder layer of this block in a model, which may be another one of the same architecture."""
+        """Find the decoder layer of this block in a model, or in another model of the same architecture."""
         return model.base_model.get_submodule(self.path.rpartition(".")[0])
 
     @property
@@ -105,21 +105,21 @@ class SparseBlock:
 
     @property
     def norm(self) -> nn.Module | None:
-        """The module that the block applies to the sum of experts; None if the sum is its output."""
+        """The norm that the block applies to the sum of experts; None if the sum is its output."""
         return next((norm for quirk in self.quirks if (norm := quirk.norm()) is not None), None)
 
     # --- weights ---
 
     def expert_weights(self) -> GatedWeights:
-        """Views of all routed experts' weights, stacked."""
+        """Return views of all routed experts' weights, stacked."""
         return read_experts(self.experts)
 
     def shared_weights(self) -> GatedWeights | None:
-        """Views of the shared expert's weights; None without one."""
+        """Return views of the shared expert's weights; None without one."""
         return None if self.shared is None else read_gated_mlp(self.shared)
 
     def output_bias(self) -> Tensor | None:
-        """The vector `[H]` that the block adds to its output for every token; None without one."""
+        """Return the bias `[H]` of the block's output; None without one."""
         biases = [bias for quirk in self.quirks if (bias := quirk.bias()) is not None]
         return sum(biases[1:], biases[0]) if biases else None
 
@@ -127,7 +127,7 @@ class SparseBlock:
         """List the parts of a condensed MLP: the shared expert, if there is one, and the given routed experts.
 
         Args:
-            experts (`Sequence[int]`): Routed experts, K of them.
+            experts (`Sequence[int]`): The K kept routed experts.
             gates (`Sequence[float]`): Their constant gates.
 
         Raises:
@@ -150,19 +150,22 @@ class SparseBlock:
     # --- computing ---
 
     def glu(self, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-        """The gated activation of the experts (or the shared one), of gate and up, which it may overwrite."""
+        """Return the gated activation of the routed or the shared experts, a function of gate and up.
+
+        It may overwrite both.
+        """
         act = ACT2FN[self.hidden_act]
         constants = dict(self.shared_activation if shared else self.activation)
         form = constants.pop("form", None)
-        if form is None:  # as `GATED_ACTIVATIONS["plain"]`, with less memory
+        if form is None:  # like `GATED_ACTIVATIONS["plain"]`, with less memory
             return lambda gate, up: act(gate).mul_(up)
         return lambda gate, up: GATED_ACTIVATIONS[form](act, gate, up, **constants)
 
     @torch.no_grad()
     def run(self, x: Tensor, input_ids: Tensor | None = None) -> Tensor:
-        """The block's output for `x` `[B, S, H]` (and token ids `[B, S]`), float32 `[B, S, H]`.
+        """Compute the block's output for `x` `[B, S, H]` (and token ids `[B, S]`): float32 `[B, S, H]`.
 
-        With the shared expert, also where the decoder layer adds its output.
+        It includes the shared expert even if the decoder layer adds that outside the block.
         """
         total = hidden_of(self.dispatch.block(x, input_ids)).float().view(x.shape)
         for quirk in self.quirks:
@@ -172,12 +175,12 @@ class SparseBlock:
 
     @torch.no_grad()
     def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None, gates: Tensor | None = None) -> Tensor:
-        """Outputs of routed experts, without the factor that `output_factors` gives: `[N, T, H]` in the dtype of `x`.
+        """Compute outputs of N routed experts, without their `output_factors`: `[N, T, H]` in the dtype of `x`.
 
         Args:
             x (`Tensor`): `[T, H]`.
-            experts (`Sequence[int]`, *optional*): Some of them, in this order (N counts these); all by default.
-            gates (`Tensor`, *optional*): Their gates, `[N]` or `[N, T]`, of which a part may belong to the inputs.
+            experts (`Sequence[int]`, *optional*): The experts to run, in this order; all by default.
+            gates (`Tensor`, *optional*): Their gates, `[N]` or `[N, T]`. Needed if gates scale the experts' inputs.
         """
         weights = self.expert_weights()
         if experts is not None:
@@ -197,7 +200,7 @@ class SparseBlock:
         return outputs
 
     def output_factors(self, gates: Tensor) -> Tensor:
-        """The factors of the experts' outputs for gates of any shape: the gates, unless these scale the inputs."""
+        """Return the factors of the experts' outputs for gates of any shape: the gates, unless they scale inputs."""
         return self.split_gates(gates)[1]
 
     def split_gates(self, gates: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -213,14 +216,15 @@ class SparseBlock:
         return self._through("enter", x)
 
     def leave(self, outputs: Tensor) -> Tensor:
-        """Map outputs of the experts to hidden states `[..., H]`; biases are in `output_bias`."""
+        """Map outputs of the experts to hidden states `[..., H]`, without `output_bias`."""
         return self._through("leave", outputs)
 
     @torch.no_grad()
     def shared_output(self, x: Tensor) -> Tensor:
-        """The sum without routed experts, `d · [sigmoid(w·x) ·] S(x) + b`.
+        """Compute the sum without routed experts, `d · [sigmoid(w·x) ·] S(x) + b`, for `x` of shape `[T, H]`.
 
-        Float32 `[T, H]` for `x` of shape `[T, H]`; without shared expert and bias zeros.
+        Returns:
+            `Tensor`: float32 `[T, H]`; zeros without a shared expert and a bias.
         """
         output = torch.zeros_like(x, dtype=torch.float32)
         if self.shared is not None:
@@ -234,12 +238,12 @@ class SparseBlock:
 
     @property
     def follows_inputs(self) -> bool:
-        """Whether the output of the block follows from its inputs and token ids alone."""
+        """Whether the block's output depends only on its inputs and the token ids."""
         return all(quirk.follows_inputs for quirk in self.quirks)
 
     @property
     def summands(self) -> tuple[nn.Module, ...]:
-        """The children of the decoder layer that add up to the sum: the block, and a shared expert beside it."""
+        """The children of the decoder layer that add up to the sum: the block, and a shared expert beside it if any."""
         return (self.module, *(part for quirk in self.quirks for part in quirk.summands()))
 
     @property
@@ -248,11 +252,10 @@ class SparseBlock:
         return (self.module, *(sparse for quirk in self.quirks for sparse, _ in quirk.beside().values()))
 
     def places(self, replacement: nn.Module | None) -> dict[str, nn.Module]:
-        """Map names of children of the decoder layer to the modules there, with a replacement or with the whole block.
+        """Map names of the decoder layer's children to their modules, for the block or for a replacement of it.
 
         Args:
-            replacement (`nn.Module`, *optional*): A condensed MLP, or another module in the place of the block; None
-                for the block itself.
+            replacement (`nn.Module`, *optional*): A condensed MLP or another replacement; None for the block itself.
         """
         beside = {name: pair for quirk in self.quirks for name, pair in quirk.beside().items()}
         own = self.path.rpartition(".")[2]
@@ -273,14 +276,14 @@ class SparseBlock:
 
     @property
     def place_spec(self) -> dict[str, Any]:
-        """The entries of config.json that say where the block is, whatever takes its place."""
+        """The entries of config.json that locate the block, for every kind of replacement."""
         spec: dict[str, Any] = {"module": self.path, "omitted": []}
         for quirk in self.quirks:
             spec |= quirk.spec
         return spec
 
     def condensed_spec(self, width: int, bias: bool) -> dict[str, Any]:
-        """The entry of config.json by which `CondensedMLP.from_spec` builds the condensed MLP of the block.
+        """Describe the block's condensed MLP for config.json, as `CondensedMLP.from_spec` reads it.
 
         Args:
             width (`int`): Number of neurons.
@@ -302,30 +305,30 @@ class SparseBlock:
         }
 
     def _other_activation(self) -> dict[str, Any] | None:
-        """The shared expert's gated activation where it differs from the routed experts'."""
+        """Return the shared expert's gated activation if it differs from that of the routed experts."""
         if self.shared is None or self.shared_activation == self.activation:
             return None
         return self.shared_activation or {"form": "plain"}
 
     def complete(self, mlp: CondensedMLP) -> None:
-        """Give a condensed MLP what the block does beside its experts: the shared expert's gate, a norm."""
+        """Add the other parts of the block to a condensed MLP: the gate of the shared expert, a norm."""
         if mlp.shared_expert_gate is not None and self.shared_gate is not None:
             mlp.shared_expert_gate.weight.copy_(self.shared_gate.weight)
         for quirk in self.quirks:
             quirk.complete(mlp)
 
-    # --- watching and playing back ---
+    # --- recording and replaying ---
 
     @contextmanager
     def recording(self) -> Iterator[BlockRecord]:
-        """Record the next call of the block, inside the context."""
+        """Record the next call of the block inside the context."""
         record = BlockRecord(self.routed_scale)
 
         def on_block(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             record.note_block(args[0], hidden_of(output))
 
         def on_call(call: RoutedCall | None) -> None:
-            assert call is not None  # the probe of the block has seen such a call before
+            assert call is not None  # the probe has checked it
             record.note_routing(call.routing)
 
         with ExitStack() as stack:
@@ -337,7 +340,7 @@ class SparseBlock:
 
     @contextmanager
     def playing(self, y: Tensor) -> Iterator[None]:
-        """Let the decoder layer find `y` `[B, S, H]` in place of the sum of experts, inside the context."""
+        """Replace the sum of experts by `y` `[B, S, H]` inside the context."""
         with ExitStack() as stack:
             finished = lambda *_, **__: self._through("finish", y)  # noqa: E731
             stack.enter_context(patched_forward(self.module, finished))

@@ -1,4 +1,4 @@
-"""The call of a block to its routed experts: the routing in it can be watched, and replaced."""
+"""The call of a block to its routed experts, in which the routing can be observed and replaced."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .weights import UnsupportedModelError
 
 
 class Routing(NamedTuple):
-    """A router's choice for T tokens: experts, `[T, k]` int64, and the weights they are multiplied with, `[T, k]`."""
+    """A router's choice for T tokens: experts, `[T, k]` int64, and the weights of their outputs, `[T, k]`."""
 
     experts: Tensor
     weights: Tensor
 
 
 class RoutedCall(NamedTuple):
-    """One call of the routed experts: their inputs, the routing, and scores that the block may return as well."""
+    """One call of the routed experts: their inputs, the routing, and the scores that the block may also return."""
 
     inputs: Tensor
     routing: Routing
@@ -28,7 +28,7 @@ class RoutedCall(NamedTuple):
 
 
 class Dispatch:
-    """The call with tokens, chosen experts and their weights, as in nearly all architectures; quirks may override it.
+    """The common call, with tokens, chosen experts and their weights; quirks may override it.
 
     Args:
         module (`nn.Module`): The block.
@@ -43,7 +43,7 @@ class Dispatch:
         self.experts: Any = experts
 
     def watch(self, note: Callable[[RoutedCall | None], None]) -> RemovableHandle:
-        """Pass every call to `note`, or None for a call of another kind, until the handle is removed."""
+        """Pass every call to `note` until the handle is removed; None for a call of another kind."""
 
         def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             routing = _routing_of(args, kwargs)
@@ -52,7 +52,7 @@ class Dispatch:
         return self.experts.register_forward_pre_hook(on_call, with_kwargs=True)
 
     def giving(self, routed: Tensor) -> AbstractContextManager[None]:
-        """Replace what the experts together give by `routed` `[1, T, ...]`, inside the context."""
+        """Replace the sum of the experts' outputs by `routed` `[1, T, ...]` inside the context."""
         return patched_forward(self.experts, lambda h, *_, **__: routed.reshape(h.shape))
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
@@ -65,7 +65,7 @@ class Dispatch:
 
 
 def router_of(module: nn.Module) -> nn.Module:
-    """The router of a block that calls it by that name.
+    """Return the child of a block that is named "router".
 
     Raises:
         UnsupportedModelError: if there is none.
@@ -77,7 +77,7 @@ def router_of(module: nn.Module) -> nn.Module:
 
 
 def _routing_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None:
-    """Routed indices and weights among the arguments of an experts module: told apart by being whole numbers or not."""
+    """Find the routed indices (integers) and weights (floats) among the arguments of an experts module."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != 3 or len(args) + len(kwargs) != 3:
         return None
@@ -89,13 +89,13 @@ def _routing_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routing | None
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block or a condensed MLP returns, alone or with its router's scores."""
+    """Return the hidden states in the output of a block or a condensed MLP, which may add its router's scores."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's `forward` inside the context, and restore what was there (accelerate's hooks included)."""
+    """Replace a module's `forward` inside the context, and restore the former one, including accelerate's hooks."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""Finds the sparse blocks of a model by their structure."""
+"""Discovery of the sparse blocks of a model by their structure."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .weights import (
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
-    """Finds and checks every sparse block of a model, in the order of depth.
+    """Find and check every sparse block of a model, by depth.
 
     On the meta device, where nothing can be computed, only the structure is checked.
 
     Raises:
-        UnsupportedModelError: if there is none, or if one does not have the shape that condensing needs; the message
-            names the model type, the layer, the class and the reason.
+        UnsupportedModelError: if there is none, or if one can't be condensed; the message names the model type, the
+            layer, the class and the reason.
     """
     blocks = describe_sparse_blocks(model)
     if blocks[0].device.type != "meta" or is_offloaded(blocks[0].module):
@@ -42,11 +42,13 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
 
 
 def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_experts: int | None = None) -> None:
-    """Checks that blocks compute what `SparseBlock` says, one of each kind, and measures their constant factors.
+    """Check that blocks compute the formula of `SparseBlock`, one of each kind, and measure their constant factors.
 
     Args:
-        router_experts (`int`, *optional*): Number of experts that the routers choose from, where weights of fewer are
-            loaded.
+        model (`PreTrainedModel`): The model.
+        blocks (`list[SparseBlock]`): Its blocks.
+        router_experts (`int`, *optional*): Number of experts that the routers choose from, if the weights of fewer
+            experts are loaded.
 
     Raises:
         UnsupportedModelError: with the layer, the class and the reason.
@@ -57,7 +59,7 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
         modules = (type(block.module), *map(type, block.module.children()))  # routers may differ from layer to layer
         kind = (modules, block.num_experts, block.intermediate_size, activations)
         if kind not in probed:
-            # The whole decoder layer, which may own the shared expert.
+            # The whole decoder layer, as it may own the shared expert.
             with _refusing(model, block.layer, block.module), in_memory(block.decoder_layer(model)):
                 probe_block(block, router_experts or block.num_experts)
         twin = probed.setdefault(kind, block)
@@ -66,7 +68,7 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
 
 
 def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
-    """The sparse blocks by their structure alone, in the order of depth; see `find_sparse_blocks`."""
+    """Find the sparse blocks by their structure alone, by depth; see `find_sparse_blocks`."""
     found = [(name, module) for name, module in model.base_model.named_modules() if has_stacked_weights(module)]
     if not found:
         raise UnsupportedModelError(why_none(model))
@@ -74,12 +76,12 @@ def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
 
 
 def layers_path(blocks: Sequence[SparseBlock]) -> str:
-    """The name of the list of decoder layers in the base model, such as "layers"."""
+    """Return the name of the list of decoder layers in the base model, such as "layers"."""
     return blocks[0].path.rsplit(".", 2)[0]
 
 
 def model_shape(model: PreTrainedModel, blocks: list[SparseBlock]) -> ModelShape:
-    """The sizes by which plans recognise the model."""
+    """Return the sizes of a model, for plans."""
     config = model.config.get_text_config()
     return ModelShape(
         model_type=model.config.model_type,
@@ -115,14 +117,14 @@ def _describe_block(model: PreTrainedModel, experts_name: str, experts: nn.Modul
 def _block_of(site: Site, shared: nn.Module | None, quirks: tuple[Quirk, ...]) -> SparseBlock:
     gate = next((child for child in site.linears if child.out_features == 1), None)
     if shared is not None and not all(p.is_floating_point() for p in shared.parameters()):
-        raise UnsupportedModelError("its shared expert is quantised: search on the model as it was before")
+        raise UnsupportedModelError("its shared expert is quantised: use the model without quantisation")
     if gate is not None and gate.bias is not None:
         raise UnsupportedModelError("the gate of its shared expert has a bias")
     hidden_act = activation_name(site.experts, site.config)
     activation = experts_activation(site.experts, hidden_act, site.config)
     of_shared = {} if shared is None else shared_activation(shared, hidden_act)
     if shared is not None and {"form": "ungated"} in (activation, of_shared) and activation != of_shared:
-        raise UnsupportedModelError("of its shared expert and the routed ones, only one kind has gates")
+        raise UnsupportedModelError("either its shared expert or its routed experts have gates, but not both")
     return SparseBlock(
         layer=site.layer,
         path=site.path,

@@ -1,4 +1,4 @@
-"""Probes that a sparse block computes what `SparseBlock` says, before anything relies on it."""
+"""Numerical checks that a sparse block computes the formula of `SparseBlock`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .weights import UnsupportedModelError
 
 
 def probe_block(block: SparseBlock, router_experts: int) -> None:
-    """Checks on a few random tokens that the block computes what `SparseBlock` says, and measures its two scales."""
+    """Check on a few random tokens that a block computes the formula of `SparseBlock`, and measure its two scales."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,21 +57,21 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
         raise UnsupportedModelError(f"its block returns more than hidden states{passed}")
     if int(calls[0].routing.experts.max()) >= router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
-    _compare(calls[0].inputs, block.enter(x), "its experts are given something else than the block")
+    _compare(calls[0].inputs, block.enter(x), "its experts do not have the inputs of the block")
 
 
 def _note_output(block: SparseBlock, output: Any, call: RoutedCall) -> None:
-    """Add the quirks that the output shows; a block that was loaded again may have them already."""
+    """Add the quirks that show in the output, unless a block that was reloaded has them already."""
     found = (cls.of_output(output, call) for cls in known_quirks() if cls not in map(type, block.quirks))
     block.quirks = (*block.quirks, *filter(None, found))
 
 
 def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> None:
-    """With outputs of experts and shared expert put in by hand, the block must add them, up to constant factors."""
+    """Check that the block adds given outputs of its routed and shared experts, up to constant factors."""
     in_block = block.shared is not None and len(block.summands) == 1
     shape = (1, x.shape[1], block.hidden_size)
     features = block.experts_features
-    # Outputs of experts are put in with the experts' own dtype where a linear map comes after them.
+    # The experts' own dtype if a linear map follows them, otherwise float32.
     nothing = torch.zeros(1, x.shape[1], features, dtype=x.dtype, device=x.device)
     dtype = torch.float32 if block.leave(nothing) is nothing else x.dtype
     bias, norm_module = block.output_bias(), block.norm
@@ -81,7 +81,7 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
             put_in = partial(_put_in, stack)
             stack.enter_context(block.dispatch.giving(routed))
             if in_block:
-                put_in(block.shared, lambda h, *_, **__: shared.reshape(h.shape).clone())  # some add to it in place
+                put_in(block.shared, lambda h, *_, **__: shared.reshape(h.shape).clone())  # some blocks add in place
                 put_in(block.shared_gate, lambda h, *_, **__: gate.reshape(*h.shape[:-1], 1))
             if not norm:
                 put_in(norm_module, lambda h: h)
@@ -94,7 +94,7 @@ def _probe_sum(block: SparseBlock, x: Tensor, random: Callable[..., Tensor]) -> 
     routed, shared = random(1, x.shape[1], features, dtype=dtype), random(*shape)
     gate = random(1, x.shape[1], 1)
     lifted = block.leave(routed).float()
-    # Over many random values, the rounding of a block that ends in half precision averages out.
+    # A block's rounding to half precision averages out over many random values.
     block.routed_scale = _factor(run(routed, zero, open_gate), lifted)
     if block.split_gates(gate)[0] is not None and block.routed_scale != 1.0:
         raise UnsupportedModelError("its router's weights multiply the experts' inputs, and a factor their outputs")
@@ -116,7 +116,7 @@ def _put_in(stack: ExitStack, module: nn.Module | None, forward: Callable[..., T
 
 
 def _factor(output: Tensor, values: Tensor) -> float:
-    """The constant c of `output = c * values`; a plain 1 where it is 1 but for rounding."""
+    """Fit the constant c of `output = c * values`; exactly 1 if it is 1 up to rounding."""
     factor = float((output.double() * values.double()).sum() / values.double().square().sum())
     return 1.0 if abs(factor - 1.0) < 1e-3 else factor
 

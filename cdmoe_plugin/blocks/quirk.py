@@ -1,4 +1,4 @@
-"""The differences between sparse blocks: everything in which one may depart from the common form."""
+"""The base class of quirks: departures of sparse blocks from the common form."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ from .weights import GatedWeights
 
 
 class Quirk:
-    """A way in which the sparse blocks of some architectures depart from the common form.
+    """A departure of some architectures' sparse blocks from the common form.
 
-    A quirk is one module in `quirks/` with one subclass, found there by itself, which overrides what differs; every
-    method here does what is right for the common form. A block may have several quirks, whose methods are then called
-    one after the other.
+    A quirk is one module in `quirks/` with one subclass, which is discovered automatically and overrides the methods
+    that differ; the methods here are those of the common form. The quirks of one block are applied one after the other.
     """
 
-    # Whether the output of the block follows from its inputs (and token ids) alone.
+    # Whether the block's output depends only on its inputs and the token ids.
     follows_inputs = True
-    # Entries of `condensed_layers` in a condensed model's config.json, by which its layers are built again.
+    # Entries of `condensed_layers` in config.json that building a condensed layer needs.
     spec: Mapping[str, Any] = {}
 
     # --- recognised by structure ---
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:
-        """Recognise the quirk at a place with stacked expert weights; None if it is not there."""
+        """Recognise the quirk at a place with stacked expert weights; return None if it does not apply."""
         return None
 
     @classmethod
     def experts_are_block(cls, site: Site) -> bool:
-        """Whether the module with the expert weights is the whole block, a child of the decoder layer."""
+        """Return whether the module with the expert weights is the whole block, a child of the decoder layer."""
         return False
 
     @classmethod
     def of_output(cls, output: Any, call: RoutedCall) -> Quirk | None:
-        """Recognise the quirk by the output of a block, which the model has to compute for it."""
+        """Recognise the quirk by the output of the block; return None if it does not apply."""
         return None
 
     def dispatch(self, module: nn.Module, experts: nn.Module) -> Dispatch | None:
-        """Make the adapter to how the block calls its experts; None if it does so in the common form."""
+        """Make an adapter to the block's call of its experts; return None for the common call."""
         return None
 
     # --- the decoder layer around the block ---
 
     def beside(self) -> dict[str, tuple[nn.Module, nn.Module]]:
-        """Other children of the decoder layer that belong to the block: name to (module, its condensed form)."""
+        """Map names of other children of the decoder layer that belong to the block to (module, its condensed form)."""
         return {}
 
     def summands(self) -> tuple[nn.Module, ...]:
-        """Those of them whose output the decoder layer adds to that of the block."""
+        """Return those of them whose output the decoder layer adds to that of the block."""
         return ()
 
     def check_dropping(self, layer: int) -> None:
@@ -69,7 +68,7 @@ class Quirk:
     # --- computing ---
 
     def hidden_size(self, features: int) -> int:
-        """The size of hidden states for experts that take `features`."""
+        """Return the size of hidden states if the experts' inputs have `features`."""
         return features
 
     def enter(self, x: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class Quirk:
         return outputs
 
     def experts_features(self, hidden_size: int) -> int:
-        """The size of what the experts give."""
+        """Return the size of the experts' outputs."""
         return hidden_size
 
     def split_gates(self, gates: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -89,11 +88,11 @@ class Quirk:
         return None, gates
 
     def fold(self, weights: GatedWeights, gate: float) -> tuple[GatedWeights, float]:
-        """Fold into one expert's weights what can be; the factor that is left belongs to its output."""
+        """Fold the quirk into one expert's weights, and return the remaining factor of its output."""
         return weights, gate
 
     def bias(self) -> Tensor | None:
-        """The vector `[H]` that the block adds to its output for every token."""
+        """Return the bias `[H]` of the block's output, if any."""
         return None
 
     def finish(self, y: Tensor) -> Any:
@@ -101,16 +100,16 @@ class Quirk:
         return y
 
     def norm(self) -> nn.Module | None:
-        """The module that the block applies to the sum, if there is one."""
+        """Return the norm that the block applies to the sum, if any."""
         return None
 
     def complete(self, mlp: CondensedMLP) -> None:
-        """Give a condensed MLP what the block does beside its experts."""
+        """Add the other parts of the block to a condensed MLP."""
 
-    # --- watching and playing back ---
+    # --- recording and replaying ---
 
     def watch(self, record: BlockRecord, stack: ExitStack) -> None:
-        """Record what the block's own input and output do not show, until the stack closes."""
+        """Record values that are not in the block's own input and output, until the stack closes."""
 
     def play(self, y: Tensor, stack: ExitStack) -> None:
-        """Make the rest of the decoder layer work with `y` `[B, S, H]` in place of the sum, until the stack closes."""
+        """Make the rest of the decoder layer use `y` `[B, S, H]` in place of the sum, until the stack closes."""

@@ -1,4 +1,4 @@
-"""Why sparse layers of other forms can't be condensed, by what their modules show."""
+"""The reasons why other sparse layers can't be condensed, found from their modules."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from .weights import has_stacked_weights
 
-# How configs say "this model has experts".
+# Config fields with the number of experts.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def arguments_of(module: nn.Module) -> list[str]:
-    """Names of what a module is called with."""
+    """Return the names of the arguments of a module's `forward`."""
     return list(signature(type(module).forward).parameters)[1:]
 
 
 def why_no_block(model: PreTrainedModel, experts_name: str) -> str:
-    """Why experts are not in a block of their own, a child of a decoder layer that could be replaced."""
+    """Explain why experts are not in a block of their own, a child of a decoder layer."""
     base: nn.Module = model.base_model
     in_layer = re.match(r"(?P<block>.*?\.\d+\.[^.]+)\.", experts_name)
     if in_layer is None:
@@ -30,14 +30,12 @@ def why_no_block(model: PreTrainedModel, experts_name: str) -> str:
     sets = [name for name, module in block.named_modules() if has_stacked_weights(module)]
     types = [name for name in arguments_of(block) if "token_type" in name]
     if len(sets) > 1 and types:
-        return (
-            f"its block has several sets of experts ({', '.join(sets)}), of which `{types[0]}` chooses for each token"
-        )
+        return f"its block has several sets of experts ({', '.join(sets)}), and `{types[0]}` chooses one for each token"
     return "its experts are not in a block of their own, a child of a decoder layer"
 
 
 def why_weighted(experts: nn.Module) -> str | None:
-    """Why stacked experts are none that a router chooses from, where that is so."""
+    """Explain why stacked experts are not routed experts; return None if they are."""
     arguments = arguments_of(experts)
     if len(arguments) != 2:
         return None
@@ -45,7 +43,7 @@ def why_weighted(experts: nn.Module) -> str | None:
 
 
 def why_none(model: PreTrainedModel) -> str:
-    """Why a model has no sparse block at all; a whole sentence."""
+    """Explain in a whole sentence why a model has no sparse block."""
     config: Any = model.config.get_text_config()
     who = f"model type {model.config.model_type!r} ({type(model).__name__})"
     counts = {name: getattr(config, name) for name in _EXPERT_COUNTS if getattr(config, name, None)}
@@ -55,8 +53,8 @@ def why_none(model: PreTrainedModel) -> str:
         tables = [n for n, child in module.named_children() if _is_table(child, set(counts.values()))]
         if len(tables) > 1:
             return (
-                f"{who} can't be condensed: the experts of {type(module).__name__} are single neurons, looked up in "
-                f"tables ({', '.join(tables)}), and no MLPs."
+                f"{who} can't be condensed: the experts of {type(module).__name__} are not MLPs but single neurons, "
+                f"looked up in tables ({', '.join(tables)})."
             )
     return (
         f"{who} has experts ({counts}), but not as stacked weights in a block of their own: this form of sparse layer "

@@ -1,4 +1,4 @@
-"""A place in a model where stacked expert weights were found."""
+"""A place in a model with stacked expert weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .weights import read_gated_mlp
 
 
 class Site:
-    """A module with stacked expert weights, and everything around it.
+    """A module with stacked expert weights and its surroundings.
 
     Args:
         model (`PreTrainedModel`): The whole model.
@@ -25,7 +25,7 @@ class Site:
         self.model = model
         self.experts_name = experts_name
         self.experts = experts
-        # Set where a quirk says so, see `Quirk.experts_are_block`.
+        # Changed if a quirk says so, see `Quirk.experts_are_block`.
         self.path = experts_name.rpartition(".")[0]
 
     @property
@@ -44,13 +44,13 @@ class Site:
 
     @cached_property
     def layer(self) -> int:
-        """The index of the decoder layer; -1 if the experts are in none."""
+        """The index of the decoder layer; -1 if the experts are outside of any."""
         in_layer = re.search(r"\.(\d+)\.", self.experts_name)
         return int(in_layer[1]) if in_layer else -1
 
     @property
     def owner_name(self) -> str | None:
-        """The name of the decoder layer of which the block is a child; None if it is a child of none."""
+        """The name of the decoder layer if the block is a direct child of one, otherwise None."""
         match = re.fullmatch(r"(?P<layer>.*?\.\d+)\.[^.]+", self.path)
         return match["layer"] if match else None
 
@@ -72,16 +72,16 @@ class Site:
 
     @property
     def siblings(self) -> dict[str, nn.Module]:
-        """The modules beside the one with the expert weights, where this is a child of a decoder layer."""
+        """All children of the decoder layer if the module with the expert weights is one of them, otherwise none."""
         layer = re.fullmatch(r"(.*?\.\d+)\.[^.]+", self.experts_name)
         return dict(self.model.base_model.get_submodule(layer[1]).named_children()) if layer else {}
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """The linear maps among the children of the block."""
+        """The linear layers among the children of the block."""
         return [child for child in self.children.values() if isinstance(child, nn.Linear)]
 
     @property
     def shared(self) -> nn.Module | None:
-        """The shared expert inside the block."""
+        """The shared expert inside the block, if any."""
         return next((child for child in self.children.values() if read_gated_mlp(child) is not None), None)

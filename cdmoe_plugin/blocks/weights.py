@@ -1,4 +1,4 @@
-"""Reads the weights of gated MLPs, one or stacked, however an architecture lays them out."""
+"""The weights of gated MLPs, single or stacked, read from the layouts of all architectures."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-# Names of the three projections of a gated MLP, as architectures have them; a fused pair holds [gate; up].
+# Names of the projections of gated MLPs; a fused one is [gate; up].
 _MLP_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED_MLP_LAYOUTS = (("gate_up_proj", "down_proj"), ("input_linear", "output_linear"))
 _UNGATED_MLP_LAYOUTS = (("up_proj", "down_proj"),)
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no sparse layers, or sparse layers that no dense gated MLP can stand for."""
+    """The model has no sparse layers, or sparse layers that can't be condensed to a dense gated MLP."""
 
 
 class GatedWeights(NamedTuple):
-    """Weights of one gated MLP, or of N stacked ones (leading dimension N); biases are None where there are none.
+    """The weights of one gated MLP, or of N stacked ones (leading dimension N). Biases may be None.
 
-    Of MLPs without gates, `gate` is `up`.
+    For MLPs without gates, `gate` is `up`.
     """
 
     gate: Tensor  # [(N,) I, H]
@@ -33,19 +33,19 @@ class GatedWeights(NamedTuple):
     down_bias: Tensor | None = None  # [(N,) H]
 
     def __call__(self, x: Tensor, glu: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Output `[(N,) T, H]` for `x` of shape `[T, H]`; `glu` may overwrite gate and up, `[(N,) T, I]`."""
+        """Compute the output `[(N,) T, H]` for `x` `[T, H]`; `glu` may overwrite gate and up, `[(N,) T, I]`."""
         up = _affine(x, self.up, self.up_bias)
         gate = up if self.ungated else _affine(x, self.gate, self.gate_bias)
         return _affine(glu(gate, up), self.down, self.down_bias)
 
     def of(self, experts: Any) -> GatedWeights:
-        """Those of one or some of N stacked MLPs, by index."""
+        """Select one or some of N stacked MLPs by index."""
         biases = (None if bias is None else bias[experts] for bias in self[3:])
         up = self.up[experts]
         return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
 
     def between(self, first: nn.Linear, last: nn.Linear) -> GatedWeights:
-        """Those of one MLP with the maps before and after it folded in, in float32; without the bias of `last`."""
+        """Fold the linear layers before and after one MLP into it, except the bias of `last`, in float32 or wider."""
         dtype = torch.promote_types(self.up.dtype, torch.float32)
         into, out = first.weight.to(dtype), last.weight.to(dtype)
 
@@ -62,7 +62,7 @@ class GatedWeights(NamedTuple):
         return GatedWeights(gate, up, out @ self.down.to(dtype), gate_bias, up_bias, down_bias)
 
     def of_scaled_inputs(self, factor: float) -> GatedWeights:
-        """Those of `E(factor · x)`, gate and up in at least float32."""
+        """Fold a factor of the input into gate and up, in float32 or wider: the result computes `E(factor · x)`."""
         dtype = torch.promote_types(self.up.dtype, torch.float32)
         up = self.up.to(dtype) * factor
         return self._replace(gate=up if self.ungated else self.gate.to(dtype) * factor, up=up)
@@ -73,7 +73,7 @@ class GatedWeights(NamedTuple):
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:
-        """Gate, up and down; of MLPs without gates up and down."""
+        """Gate, up and down; only up and down for MLPs without gates."""
         return (self.up, self.down) if self.ungated else (self.gate, self.up, self.down)
 
     @property
@@ -82,15 +82,15 @@ class GatedWeights(NamedTuple):
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
-    # A lone stacked "weight" is one linear map per expert, or a convolution.
+    # A single stacked "weight" is one linear layer per expert, or a convolution.
     own = (parameter for name, parameter in module.named_parameters(recurse=False) if name != "weight")
     return any(parameter.ndim == 3 for parameter in own) or _is_dbrx_like(module) or are_parallel(module)
 
 
 def are_parallel(module: nn.Module) -> bool:
-    """Whether two children are the stacked projections of gated MLPs, `[N, 2I, H]` and `[N, H, I]` (jetmoe).
+    """Return whether two children are the stacked projections of gated MLPs, `[N, 2I, H]` and `[N, H, I]` (jetmoe).
 
-    Those of its attention, a mixture of query and output projections, are not: these are as wide in between.
+    Jetmoe's attention, a mixture of query and output projections, has children with these names and other shapes.
     """
     into, out = (getattr(getattr(module, name, None), "weight", None) for name in ("input_linear", "output_linear"))
     if not isinstance(into, Tensor) or not isinstance(out, Tensor) or into.ndim != 3 or out.ndim != 3:
@@ -106,7 +106,7 @@ def _is_dbrx_like(experts: nn.Module) -> bool:
 
 
 def read_experts(experts: Any) -> GatedWeights:
-    """Views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
+    """Return views of stacked expert weights as gate, up `[N, I, H]` and down `[N, H, I]`.
 
     Raises:
         UnsupportedModelError: if they are not those of gated MLPs.
@@ -159,7 +159,7 @@ def _halves(experts: nn.Module, gate_up: Tensor) -> tuple[Tensor, ...]:
 
 
 def mlp_linears(module: nn.Module) -> tuple[nn.Linear, ...] | None:
-    """The projections gate, up and down of a gated MLP, or the first two as one, or none but up; None if it is none."""
+    """Return an MLP's projections: (gate, up, down), (fused, down) or (up, down). None if it is not an MLP."""
     for names in (*_MLP_LAYOUTS, *_FUSED_MLP_LAYOUTS, *_UNGATED_MLP_LAYOUTS):
         parts = [getattr(module, name, None) for name in names]
         linears = tuple(part for part in parts if isinstance(part, nn.Linear))
@@ -169,7 +169,7 @@ def mlp_linears(module: nn.Module) -> tuple[nn.Linear, ...] | None:
 
 
 def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
-    """Views of a gated MLP's weights, or None if the module is no gated MLP made of `nn.Linear`s."""
+    """Return views of a gated MLP's weights, or None if the module is not an MLP made of `nn.Linear`s."""
     linears = mlp_linears(module)
     if linears is None:
         return None
@@ -186,13 +186,13 @@ def read_gated_mlp(module: nn.Module) -> GatedWeights | None:
 
 
 def is_ungated(module: nn.Module) -> bool:
-    """Whether an MLP made of `nn.Linear`s has no gate projection."""
+    """Return whether a module is an MLP made of `nn.Linear`s without a gate projection."""
     linears = mlp_linears(module)
     return linears is not None and len(linears) == 2 and linears[0] is getattr(module, "up_proj", None)
 
 
 def activation_name(experts: nn.Module, config: Any) -> str:
-    """The name of the experts' activation: the config's where it fits the module, else found by the module's type."""
+    """Find the name of the experts' activation: the config's if it matches the module, else by the module's type."""
     holders = (experts, getattr(experts, "mlp", None))
     names = ("act_fn", "activation_fn", "activation", "act")
     modules = [getattr(holder, name, None) for holder in holders for name in names]
@@ -210,7 +210,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def shrink_experts(experts: Any, count: int, kept: int) -> None:
-    """Gives a module of stacked expert weights room for `kept` experts instead of `count`; what it held is gone."""
+    """Resize a module of stacked expert weights from `count` to `kept` experts, on the meta device."""
     parts = (experts.input_linear, experts.output_linear) if are_parallel(experts) else experts.modules()
     for module in parts:
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -24,7 +24,7 @@ REASONS = {
     "its shared experts are weighted per token by the router": "inkling_text",
     "2 of the 10 experts .* have no weights and add the token itself": "longcat_flash",
     "normalises the output of every expert": "muse_spark_text",
-    "several sets of experts .*, of which `moe_mm_token_type_ids` chooses": "ernie4_5_vl_moe_text",
+    "several sets of experts .*, and `moe_mm_token_type_ids` chooses one": "ernie4_5_vl_moe_text",
     r"single neurons, looked up in tables \(down_embed, up_embed\)": "doge",
 }
 CONFIG_ERRORS = [(name, v) for name in ("num_layers", "num_experts", "batch_size") for v in (-1, True, "2", 2.0, None)]
@@ -34,8 +34,8 @@ CONFIG_ERRORS += [("cache_memory", value) for value in ("lots", "-1GB", "4", "",
 BEYOND: list[tuple[dict[str, Any], str]] = [  # what is not in a tiny model
     ({"num_layers": 1, "num_experts": 9}, "`num_experts` is 9, but decoder layer 1 has 8"),
     ({"num_layers": 4}, r"`num_layers` is 4, but the model has 3 sparse layers: \[1, 2, 3\]"),
-    ({"layers": [0, 1]}, r"`layers` names \[0\], which .*sparse are \[1, 2, 3\]"),
-    ({"layers": [2, -1, 7]}, r"`layers` names \[-1, 7\], which .*sparse are \[1, 2, 3\]"),
+    ({"layers": [0, 1]}, r"`layers` names \[0\], which .*sparse layers are \[1, 2, 3\]"),
+    ({"layers": [2, -1, 7]}, r"`layers` names \[-1, 7\], which .*sparse layers are \[1, 2, 3\]"),
 ]
 # Edits of a plan file: where, the new value, and what the message names.
 PLAN_ERRORS: list[tuple[str, Any, str]] = [
@@ -239,5 +239,5 @@ def test_an_expert_that_no_token_chose_is_no_candidate() -> None:
         model.model.layers[layer].mlp.gate.e_score_correction_bias[5] = -100.0
     found = search_plan(model, CondenseConfig(num_layers=3, num_experts=7), calibration=IDS).layers
     assert all(sorted(layer.experts) == [0, 1, 2, 3, 4, 6, 7] for layer in found)
-    words = "Decoder layer 1: only 7 of 8 experts .*so 8 can't be kept.*`num_experts`"
+    words = "`num_experts` is 8, .*only 7 of the 8 experts of decoder layer 1, .*smaller `num_experts`"
     refuses(words, search_plan, model, CondenseConfig(num_layers=1, num_experts=8), calibration=IDS)

@@ -1,4 +1,4 @@
-"""The quirks of sparse blocks, one module each; every module in this folder is found by itself."""
+"""The quirks of sparse blocks, one module each. All modules in this folder are discovered automatically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts that work in a smaller space, with linear maps into it and back (nemotron_h)."""
+"""Experts in a smaller space, with linear layers into it and back (nemotron_h)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..weights import GatedWeights, read_experts
 
 
 class LatentExperts(Quirk):
-    """Linear maps around the experts, which are folded into their weights.
+    """A block with linear layers around the experts, which are folded into their weights.
 
     Args:
-        into (`nn.Linear`): The map from hidden states to the inputs of the experts.
-        back (`nn.Linear`): The map from their outputs to hidden states.
+        into (`nn.Linear`): The layer from hidden states to the inputs of the experts.
+        back (`nn.Linear`): The layer from their outputs to hidden states.
     """
 
     def __init__(self, into: nn.Linear, back: nn.Linear) -> None:

@@ -14,14 +14,14 @@ from ..weights import UnsupportedModelError
 
 
 class LayerRouter(Quirk):
-    """The decoder layer calls its router and its experts itself; the experts are the block.
+    """A decoder layer that calls its router and its experts itself. The experts are the block.
 
     Args:
         name (`str`): Name of the router in the decoder layer.
         router (`nn.Module`): The router.
     """
 
-    # The router sees other inputs than the experts.
+    # The router's inputs are not those of the experts.
     follows_inputs = False
 
     def __init__(self, name: str, router: nn.Module) -> None:
@@ -45,8 +45,8 @@ class LayerRouter(Quirk):
 
     def check_dropping(self, layer: int) -> None:
         raise UnsupportedModelError(
-            f"The experts of decoder layer {layer} are only a part of its MLP, apart from a dense one: "
-            "`form='trim_layer'` can't drop it whole. Use the form 'condense' or 'trim_block'."
+            f"The experts of decoder layer {layer} are only a part of its MLP, beside a dense one: "
+            "`form='trim_layer'` can't drop the whole MLP. Use the form 'condense' or 'trim_block'."
         )
 
 

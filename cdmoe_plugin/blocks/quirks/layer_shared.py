@@ -16,7 +16,7 @@ from ..weights import read_gated_mlp
 
 
 class LayerShared(Quirk):
-    """The decoder layer owns the shared expert.
+    """A decoder layer that owns the shared expert.
 
     Args:
         name (`str`): Name of the shared expert in the decoder layer.
@@ -30,7 +30,7 @@ class LayerShared(Quirk):
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:
-        # Beside a router of the decoder layer, a dense MLP is no shared expert: it sees other inputs than the experts.
+        # A dense MLP beside a router of the decoder layer is not a shared expert: its inputs are not the experts'.
         if site.shared is not None or "router" in site.siblings:
             return None
         found = ((name, child) for name, child in site.neighbours.items() if read_gated_mlp(child) is not None)

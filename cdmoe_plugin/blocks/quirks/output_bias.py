@@ -11,7 +11,7 @@ from ..site import Site
 
 
 class OutputBias(Quirk):
-    """The block adds a learned vector to its output.
+    """A block that adds a learned vector to its output.
 
     Args:
         module (`nn.Module`): The block, with a parameter `bias`.

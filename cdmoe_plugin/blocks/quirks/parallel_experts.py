@@ -17,7 +17,7 @@ from ..weights import are_parallel
 
 
 class ParallelExperts(Quirk):
-    """The block holds the expert weights itself."""
+    """A block that owns the expert weights itself."""
 
     @classmethod
     def experts_are_block(cls, site: Site) -> bool:
@@ -40,7 +40,7 @@ class _ParallelDispatch(Dispatch):
 
     def watch(self, note: Callable[[RoutedCall | None], None]) -> RemovableHandle:
         def on_router(_router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            order, _, weights, sizes, logits = output  # `order`: where, among all choices, the sorted ones were
+            order, _, weights, sizes, logits = output  # `order`: index of each sorted choice among all choices
             experts = torch.repeat_interleave(torch.tensor(sizes, device=order.device))
             unsorted = (torch.empty_like(part).scatter_(0, order, part) for part in (experts, weights))
             note(RoutedCall(args[0], Routing(*(part.view(len(logits), -1) for part in unsorted)), None))
@@ -52,7 +52,7 @@ class _ParallelDispatch(Dispatch):
         seen: list[Any] = []
 
         def outputs(*_: Any) -> Tensor:
-            """Outputs whose weighted sum over the experts of each token is `routed`."""
+            """Return outputs whose weighted sum over the experts of each token is `routed`."""
             _, tokens, weights, *_ = seen[-1]
             flat = routed.reshape(-1, routed.shape[-1])
             total = flat.new_zeros(len(flat)).index_add(0, tokens, weights.to(flat.dtype))

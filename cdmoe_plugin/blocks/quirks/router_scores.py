@@ -11,7 +11,7 @@ from ..quirk import Quirk
 
 
 class RouterScores(Quirk):
-    """The block returns a tuple; no decoder layer reads the scores, which users may ask for."""
+    """A block that returns a tuple. Decoder layers do not use the scores; users may ask for them."""
 
     spec = {"returns_tuple": True}
 

@@ -1,4 +1,4 @@
-"""Experts that take each token times the router's weight, or 0 (llama4): the layer computes `sum_i E_i(g_i x)`."""
+"""Experts whose inputs are multiplied by the router's weights (llama4): the layer computes `sum_i E_i(g_i x)`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..weights import GatedWeights
 
 
 class ScaledInputs(Quirk):
-    """A router's weight multiplies the input of an expert, not its output: it is folded into gate and up."""
+    """A router whose weights multiply the experts' inputs, not their outputs. Gates are folded into gate and up."""
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:

@@ -15,7 +15,7 @@ from ..site import Site
 
 
 class SumNorm(Quirk):
-    """The block normalises the sum; the norm stays in the condensed MLP.
+    """A block that normalises the sum. The condensed MLP keeps the norm.
 
     Args:
         name (`str`): Name of the norm in the block.
@@ -29,7 +29,7 @@ class SumNorm(Quirk):
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:
-        # A child with nothing but weights per feature; the probe checks that it is a norm of the sum.
+        # A child with only per-feature weights; the probe checks that it is a norm of the sum.
         size = {(site.hidden_size,)}
         found = [
             (name, child) for name, child in site.children.items() if size == {p.shape for p in child.parameters()}

@@ -14,7 +14,7 @@ from ..site import Site
 
 
 class TokenIds(Quirk):
-    """The block takes the token ids beside hidden states."""
+    """A block that takes the token ids beside hidden states."""
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:
