@@ -1,1 +1,1 @@
-"""Sparse blocks folded into dense MLPs and put in their places."""
+"""Folding sparse blocks into dense MLPs, and putting these into the model."""

@@ -1,4 +1,4 @@
-"""Make a model whose sparse blocks have been replaced a condensed one, and refuse models that can't be."""
+"""The conversion of a model with replaced sparse blocks to its condensed class, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 def layer_spec(block: SparseBlock, mlp: nn.Module) -> dict[str, Any]:
-    """The entry of config.json by which a condensed layer is built again (see `layers_cdmoe`)."""
+    """Describe a condensed layer for config.json, as `layers_cdmoe` reads it."""
     if not isinstance(mlp, CondensedMLP):
         return {**block.place_spec, "form": "trim_layer"}
     return block.condensed_spec(mlp.intermediate_size, mlp.up_proj.bias is not None)
 
 
 def own_config(model: PreTrainedModel) -> Any:
-    """Gives a model, and all of its modules that refer to its config, a config that no other model shares.
+    """Give a model, and all of its modules that refer to its config, a copy of the config.
 
-    Models that are made from the same config object have that as theirs.
+    Models made from the same config object share it.
     """
     before: Any = model.config
     config = copy.copy(before)
@@ -50,8 +50,8 @@ def become_condensed(
     all_condensed: bool,
     parameters_before: int,
 ) -> None:
-    """Turns a model whose blocks have been replaced into an instance of its condensed class, config included."""
-    if model.config.model_type == DEEPSEEK:  # the auto classes know it only once they were asked
+    """Turn a model with replaced blocks into an instance of its condensed class, including its config."""
+    if model.config.model_type == DEEPSEEK:  # the auto classes register it on first look-up
         register_deepseek()
     condensed_class = condensed_model_class(type(model))
     model.__class__ = condensed_class
@@ -59,7 +59,7 @@ def become_condensed(
     config.__class__ = condensed_class.config_class
     config.condense_config = {
         **(plan.config or {}),
-        # What was done, whatever the plan's search had in mind; see `note_refit`.
+        # Not those of the plan's search; see `note_refit`.
         "refit": None,
         "refit_errors": None,
         "condensed_layers": {str(layer): spec for layer, spec in sorted(specs.items())},
@@ -74,17 +74,20 @@ def become_condensed(
 
 
 def note_refit(model: PreTrainedModel, config: CondenseConfig, fits: Mapping[int, RefitLayer]) -> None:
-    """Writes into a condensed model's config how its layers were fitted, and their errors before and after."""
+    """Record in a condensed model's config how its layers were fitted, and their errors before and after."""
     done: dict[str, Any] = model.config.condense_config
     done |= {"refit": config.refit, "refit_target": config.refit_target, "refit_steps": config.refit_steps}
     done["refit_errors"] = {str(layer): [fit.before, fit.after] for layer, fit in fits.items()}
 
 
 def refuse_quantised(*quantisations: Any) -> None:
-    """Raises where any of a model's quantisation configs (or quantisers) is not None.
+    """Refuse a quantised model.
+
+    Args:
+        *quantisations: Its quantisation configs or quantisers; None without quantisation.
 
     Raises:
-        ValueError: saying in which order to condense and quantise.
+        ValueError: naming the order in which to condense and quantise.
     """
     if any(quantisation is not None for quantisation in quantisations):
         raise ValueError(
@@ -94,7 +97,7 @@ def refuse_quantised(*quantisations: Any) -> None:
 
 
 def refuse_condensed(model: PreTrainedModel) -> None:
-    """Raises where a model is condensed already.
+    """Refuse a model that is condensed already.
 
     Raises:
         ValueError: naming its condensed layers.

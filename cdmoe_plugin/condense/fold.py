@@ -1,4 +1,4 @@
-"""Fold the kept experts of a sparse block, and its shared expert, into one dense MLP."""
+"""Folding of a sparse block's kept experts and shared expert into one dense MLP."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
 
     Args:
         block (`SparseBlock`): The sparse block; it is not changed.
-        experts (`Sequence[int]`): The kept routed experts, K of them.
+        experts (`Sequence[int]`): The K kept routed experts.
         gates (`Sequence[float]`): Their constant gates.
 
     Raises:
-        UnsupportedModelError: if the block has a shared expert that no dense MLP can take in.
+        UnsupportedModelError: if the block's shared expert can't be part of a dense MLP.
     """
     pieces = block.pieces(experts, gates)
     width = sum(len(piece.weights.up) for piece in pieces)
@@ -44,7 +44,7 @@ def fold(block: SparseBlock, experts: Sequence[int], gates: Sequence[float]) -> 
 
 
 def _fold_biases(mlp: CondensedMLP, pieces: Sequence[DensePiece], output_bias: torch.Tensor | None) -> None:
-    """Keep the biases of every neuron; add those of the down projections, gates and factors included."""
+    """Copy the biases of all neurons, and sum those of the down projections with their gates and factors."""
     for projection in (mlp.gate_proj, mlp.up_proj):
         if projection is not None and projection.bias is not None:
             projection.bias.zero_()

@@ -1,4 +1,4 @@
-"""Put modules in the place of sparse blocks."""
+"""The replacement of sparse blocks in a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..model.layers_cdmoe import Trimmed
 
 
 def install(model: PreTrainedModel, block: SparseBlock, replacement: nn.Module) -> None:
-    """Put a condensed MLP (or `Trimmed`) in the place of a sparse block."""
+    """Replace a sparse block by a condensed MLP or `Trimmed`."""
     for name, module in _places(block, replacement).items():
         setattr(block.decoder_layer(model), name, module)
 
 
 @contextmanager
 def standing_in(model: PreTrainedModel, block: SparseBlock, replacement: nn.Module | None) -> Iterator[None]:
-    """Put a module in the place of a sparse block, inside the context.
+    """Replace a sparse block inside the context.
 
     Args:
         model (`PreTrainedModel`): The model, sparse or condensed.
-        block (`SparseBlock`): The block, by its place.
+        block (`SparseBlock`): The block. In a condensed model, another module may be in its place.
         replacement (`nn.Module`, *optional*): A condensed MLP or `Trimmed`; None for the block itself.
     """
     layer = block.decoder_layer(model)

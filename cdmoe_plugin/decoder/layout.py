@@ -1,4 +1,4 @@
-"""The layout of a decoder (what it does between its layers and after the last one), learnt from a real forward pass."""
+"""The layout of a decoder: the values between its layers and the modules after the last one, found by running it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Gathered:
-    """Inputs of some decoder layers, which all later layers are given as one argument, `[B, S, m, H]`.
+    """The stacked inputs `[B, S, m, H]` of some decoder layers, which all later layers take as one argument.
 
     Args:
-        layers (`frozenset[int]`): Whose inputs.
-        argument (`int` or `str`): Place (behind the hidden states) or name of the argument.
+        layers (`frozenset[int]`): The layers.
+        argument (`int` or `str`): Position (after the hidden states) or name of the argument.
     """
 
     layers: frozenset[int]
     argument: int | str
 
     def put(self, stack: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The other arguments of a layer with this one among them."""
+        """Add this argument to the other arguments of a layer."""
         if isinstance(self.argument, str):
             return args, kwargs | {self.argument: stack}
         return (*args[: self.argument], stack, *args[self.argument + 1 :]), kwargs
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """This argument among those of a layer."""
+        """Return this argument from the arguments of a layer."""
         return kwargs[self.argument] if isinstance(self.argument, str) else args[self.argument]
 
     def after(self, layer: int, stack: Tensor, hidden: Tensor) -> Tensor:
-        """What comes behind a layer, of what came before it and its input."""
+        """Return the stack after a layer, from the stack before it and its input."""
         if layer not in self.layers:
             return stack
         return torch.cat([stack.to(hidden.device), hidden.unsqueeze(-2)], dim=-2)
@@ -48,7 +48,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class HeadStep:
-    """A module behind the last decoder layer; `stack_at` is the place of what was gathered among its two arguments."""
+    """A module after the last decoder layer; `stack_at` is the position of the gathered inputs in its two arguments."""
 
     module: nn.Module
     stack_at: int | None = None
@@ -62,16 +62,16 @@ class HeadStep:
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """The layout of a decoder: what its layers hand on, and what follows the last one.
+    """The layout of a decoder: the values between its layers, and the modules after the last one.
 
     Args:
-        output_class (`type`): What the decoder returns.
-        num_results (`int`): How many results a layer returns; 0: a tensor alone.
+        output_class (`type`): Type of the decoder's output.
+        num_results (`int`): Length of the tuple that a layer returns; 0 if it returns a tensor.
         carried (`dict[str, int]`): Keyword arguments of a layer that are extra results of the one before, by position.
-        gathered (`Gathered`, *optional*): What all later layers are given of some layers' inputs.
+        gathered (`Gathered`, *optional*): Inputs of some layers that all later layers take.
         streams (`bool`): Whether hidden states are several residual streams, `[B, S, n, H]`.
-        head (`list[HeadStep]`): What follows the last layer.
-        cast (`bool`): Whether the model casts what comes of it to the dtype of its layers.
+        head (`list[HeadStep]`): The modules after the last layer.
+        cast (`bool`): Whether the model casts their output to the dtype of its layers.
     """
 
     output_class: type
@@ -84,7 +84,7 @@ class DecoderLayout:
 
 
 def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[DecoderLayout, Tensor]:
-    """Learn the layout of a decoder, and return with it the last hidden state of the pass that it was learnt from.
+    """Find the layout of a decoder from a forward pass, and return it with the last hidden state of that pass.
 
     Args:
         base (`PreTrainedModel`): The decoder.
@@ -116,7 +116,7 @@ def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[De
         if any(each is hidden for each in args[:1]):
             head.append(HeadStep(module))
         elif gathered is not None and len(args) == 2 and args[1] is hidden:
-            # Only here it shows whether the last layer's input is gathered too.
+            # Only here can be seen whether the last layer's input is gathered too.
             gathered = Gathered(frozenset(_places(args[0], inputs)), gathered.argument)
             head.append(HeadStep(module, stack_at=0))
         else:
@@ -129,7 +129,7 @@ def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[De
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """A decoder layer's arguments, hidden states first."""
+    """Split a decoder layer's arguments into hidden states and the others."""
     if args:
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
@@ -162,7 +162,7 @@ def _gathered(calls: Sequence[Call]) -> Gathered | None:
 
 
 def _places(stack: Tensor, inputs: Sequence[Tensor]) -> list[int]:
-    """Which layers' inputs are stacked; layers are in the order of depth."""
+    """Find the layers whose inputs are stacked, by depth."""
     places: list[int] = []
     for part in stack.unbind(-2):
         later = range(places[-1] + 1 if places else 0, len(inputs))

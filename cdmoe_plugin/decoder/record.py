@@ -1,7 +1,7 @@
-"""Takes a decoder layer apart at its sparse block, and runs what is around the block again on stand-ins for its output.
+"""Decoder layers taken apart at their sparse block, whose surroundings can be run again on other block outputs.
 
-What a layer does around its block (a residual, a norm, a factor, several residual streams) is not looked up anywhere:
-everything that came before the block is played back, and the rest is run as it is.
+The surroundings of a block (a residual, a norm, a factor, several residual streams) are not looked up anywhere:
+everything before the block is replayed, and the rest of the layer runs as usual.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from .tails import AffineTail, Finish, PlaybackTail, StreamsTail, Tail, added_to
 
 @dataclass
 class LayerCall:
-    """One decoder layer on one batch, taken apart at its sparse block; T counts the tokens that are no padding.
+    """One decoder layer on one batch, taken apart at its sparse block. T counts the tokens that are not padding.
 
     Args:
-        inputs (`Tensor`): What the block saw, `[T, H]` in the model's dtype.
-        target (`Tensor`): What block (and shared expert) gave, float32 `[T, H]`; before the block's norm, if any.
-        routing (`Routing`): What the router decided for the T tokens.
-        tail (`Tail`): From a stand-in for `target`, float32 `[..., T, H]`, to what is compared of the layer, float32.
+        inputs (`Tensor`): The block's inputs, `[T, H]` in the model's dtype.
+        target (`Tensor`): The output of block and shared expert, float32 `[T, H]`, before the block's norm, if any.
+        routing (`Routing`): The router's choice for the T tokens.
+        tail (`Tail`): The rest of the layer: from other outputs in place of `target`, float32 `[..., T, H]`, to the
+            compared values, float32.
         token_weights (`Tensor`): float32 `[T]`, weight of each token in a mean over sequences of means over tokens.
     """
 
@@ -40,7 +41,7 @@ class LayerCall:
 
 
 class LayerRecorder:
-    """Runs one decoder layer on batches and takes it apart at its sparse block."""
+    """A decoder layer that is run on batches and taken apart at its sparse block."""
 
     def __init__(self, stream: LayerStream, block: SparseBlock) -> None:
         self.stream = stream
@@ -55,7 +56,7 @@ class LayerRecorder:
 
     @torch.no_grad()
     def record(self, entering: LayerOutput, batch: int, token_weights: Tensor) -> tuple[LayerCall, LayerOutput]:
-        """Runs the layer on its input for a batch; returns the parts and what it hands to the next layer."""
+        """Run the layer on its input for a batch; return the parts and the input of the next layer."""
         before: dict[int, list[Any]] = {id(child): [] for child in self.others}
 
         with ExitStack() as stack:
@@ -71,19 +72,19 @@ class LayerRecorder:
         self.stream.check_finite()
         valid = self.stream.valid(batch).to(output[0].device)
         target = record.total(valid)
-        playback = _Playback(self, entering, batch, before)
+        replay = _Replay(self, entering, batch, before)
         call = LayerCall(
             inputs=record.inputs(valid),
             target=target[valid],
             routing=record.routing_at(valid),
-            tail=playback.tail(target, output[0], valid),
+            tail=replay.tail(target, output[0], valid),
             token_weights=token_weights.to(target.device),
         )
         return call, output
 
 
-class _Playback:
-    """A decoder layer's forward with all that came before the block played back, in float32."""
+class _Replay:
+    """A decoder layer's forward in float32 that replays the modules before the block."""
 
     def __init__(
         self, recorder: LayerRecorder, entering: LayerOutput, batch: int, before: dict[int, list[Any]]
@@ -94,36 +95,35 @@ class _Playback:
         self.before = {key: pytree.tree_map(_float, outputs) for key, outputs in before.items()}
 
     def compared(self, y: Tensor) -> Tensor:
-        """What is compared of the layer for `y` `[B, S, H]`."""
+        """Compute the compared values for the block output `y` `[B, S, H]`."""
         return self.recorder.finish(self._run(y))
 
     def __call__(self, y: Tensor) -> Tensor:
-        """The layer's output `[B, S, ...]` for `y` `[B, S, H]`."""
+        """Compute the layer's output `[B, S, ...]` for the block output `y` `[B, S, H]`."""
         return self._run(y)[0]
 
     def _run(self, y: Tensor) -> LayerOutput:
-        """What the layer hands on for `y` `[B, S, H]` in place of what its block (and shared expert) gives."""
         recorder = self.recorder
         with ExitStack() as stack:
             for child in recorder.others:
                 outputs = iter(self.before[id(child)])
-                stack.enter_context(patched_forward(child, _play(outputs, _in_own_dtype(child))))
+                stack.enter_context(patched_forward(child, _replayed(outputs, _in_own_dtype(child))))
             stack.enter_context(recorder.block.playing(y))
             return recorder.stream.call_layer(recorder.block.layer, self.entering, self.batch)
 
     def tail(self, target: Tensor, output: Tensor, valid: Tensor) -> Tail:
-        """What the layer makes of its block's output, on valid tokens; most add it to what they have."""
+        """Find the tail of the layer on valid tokens. Most layers add their block's output to the residual."""
         again = self(target)
         precision = 8 * torch.finfo(output.dtype).eps
         if not torch.allclose(again, output.float(), rtol=precision, atol=precision * float(output.abs().max())):
             raise UnsupportedModelError(
-                f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) does more with its "
-                "block than can be played back."
+                f"decoder layer {self.recorder.block.layer} ({type(self.recorder.owner).__name__}) can't be searched: "
+                "replaying it with the recorded output of its block gives another layer output."
             )
         if self.recorder.is_last and self.recorder.stream.layout.gathered is not None:
-            return PlaybackTail(self.compared, valid)  # what follows needs more than the layer's output
+            return PlaybackTail(self.compared, valid)  # the modules after it need more than the layer's output
         offset = self(torch.zeros_like(target))
-        # A random stand-in as large as the rest of the sum tells a norm behind the block from a plain addition.
+        # A random output as large as the rest of the sum distinguishes a norm after the block from a plain addition.
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(target.shape, generator=generator).to(target) * offset.std().clamp_min(1e-3)
         change = self(noise) - offset
@@ -134,7 +134,7 @@ class _Playback:
                 return AffineTail(offset[valid], 1.0 if abs(slope - 1.0) < 1e-5 else slope, finish)
         elif change.flatten(2).shape[-1] % noise.shape[-1] == 0:
             slopes = _slopes(change, noise)
-            # What a norm would divide out, or an activation cut off, another size and sign show.
+            # Another size and sign show a norm, which divides by the size, and an activation.
             other = self(-2 * noise) - offset
             if all(
                 (c - added_to_streams(slopes, y, c)).norm() <= 1e-4 * c.norm()
@@ -145,13 +145,13 @@ class _Playback:
 
 
 def _slopes(change: Tensor, noise: Tensor) -> Tensor:
-    """What each of n streams takes of a block's output, `[B, S, n, 1]`, from what it adds to all of them."""
+    """Fit the factors `[B, S, n, 1]` with which n streams take a block's output, from the change of the streams."""
     streams = change.flatten(2).unflatten(-1, (-1, noise.shape[-1])).double()
     squares = noise.double().square().sum(-1, keepdim=True)
     return ((streams @ noise.double().unsqueeze(-1)) / squares.unsqueeze(-1)).float()
 
 
-def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any]:
+def _replayed(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         try:
             return next(outputs)
@@ -162,7 +162,7 @@ def _play(outputs: Iterator[Any], live: Callable[..., Any]) -> Callable[..., Any
 
 
 def _in_own_dtype(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward for float32, also where it multiplies by matrices in half precision (norms take any dtype)."""
+    """Wrap a module's forward to take float32, even if its matrices are in half precision (norms take any dtype)."""
     forward = module.forward
     dtype = next((parameter.dtype for parameter in module.parameters() if parameter.ndim > 1), torch.float32)
     if dtype == torch.float32:

@@ -1,6 +1,6 @@
-"""Runs a decoder one layer at a time on fixed batches.
+"""Decoders run one layer at a time on fixed batches.
 
-Nothing here knows an architecture: a layer's arguments are those that the model's own forward pass gives it.
+Nothing here depends on the architecture: layers get the arguments that the model's own forward pass gives them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,17 @@ from .layout import HeadStep, learn_layout, split_hidden
 
 logger = logging.get_logger(__name__)
 
-# Tokens that several inputs of a layer may have as one batch: enough that reading its weights does not count any more.
+# Tokens in one batch of several inputs of a layer: enough that reading its weights takes a negligible time.
 _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 
-# What one decoder layer hands to the next: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and
-# in a few architectures more: the token choice of a sparse attention that several layers share, or (last) what was
-# gathered of the inputs of layers so far.
+# The input of the next decoder layer: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and in a
+# few architectures more: the token choice of a sparse attention that several layers share, or (last) the gathered
+# inputs of earlier layers.
 LayerOutput = tuple[Any, ...]
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that gives hidden states; a model that is a decoder itself.
-
-    That is the base model, but some give themselves for it (llama4_text), and the decoder is the one model in them.
-    """
+    """Return the decoder of a model: its base model, or the one model inside a model that is its own base (llama4)."""
     base: Any = model.base_model
     if base is not model:
         return base
@@ -54,7 +51,7 @@ class LayerStream:
         batches (`list[TokenBatch]`): Right-padded token ids.
 
     Raises:
-        UnsupportedModelError: if layer by layer the decoder does not give what its own forward pass gives.
+        UnsupportedModelError: if running it layer by layer gives another output than the decoder's own forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
@@ -63,7 +60,7 @@ class LayerStream:
         self.layers: Any = model.base_model.get_submodule(layers_path)
         self.batches = list(batches)
         self._wide: list[HeadStep] | None = None
-        self._together = max(_TOGETHER_TOKENS.values())  # 0 where some layer can have only one input at a time
+        self._together = max(_TOGETHER_TOKENS.values())  # 0 if some layer can only run one input at a time
         self._offloaded = [is_offloaded(layer) for layer in self.layers.children()]
         self._skipped: set[int] = set()
         self._finite: list[tuple[int, Tensor]] = []
@@ -80,21 +77,21 @@ class LayerStream:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that one layer hands to the next for a batch, on average, with all that is gathered."""
+        """The mean size of a layer's output for a batch, in bytes, including gathered inputs."""
         parts = 1 if self.layout.gathered is None else 1 + len(self.layout.gathered.layers)
         return parts * sum(hidden.nbytes for hidden, *_ in self.embeddings) // len(self.embeddings)
 
     @torch.no_grad()
     def run_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
-        """What one decoder layer makes of its input, for one of the batches; see `check_finite`."""
+        """Run one decoder layer on its input for one of the batches. Call `check_finite` afterwards."""
         output = self.call_layer(layer, entering, batch)
         self._finite.append((layer, torch.isfinite(output[0]).all()))
         return output
 
     def run_together(self, layer: int, inputs: Sequence[LayerOutput], batch: int) -> list[LayerOutput]:
-        """`run_layer` on several inputs for one batch, as one larger batch where the layers allow that.
+        """Run one decoder layer on several inputs for one batch, as one larger batch if the layers support that.
 
-        A layer's weights are then read once for all of them, which counts where there are few tokens.
+        The layer's weights are then read only once, which saves time if there are few tokens.
         """
         hidden = inputs[0][0]
         most = _TOGETHER_TOKENS.get(hidden.device.type, _TOGETHER_TOKENS["cpu"])
@@ -114,7 +111,7 @@ class LayerStream:
     def _run_joined(
         self, layer: int, inputs: Sequence[LayerOutput], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[LayerOutput] | None:
-        """A layer on several inputs as one batch; None if its arguments or the memory do not allow such a batch."""
+        """Run a layer on several inputs as one batch; return None if its arguments or the memory do not allow it."""
         number, rows = len(inputs), inputs[0][0].shape[0]
         try:
             joined = tuple(
@@ -122,16 +119,18 @@ class LayerStream:
             )
             args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
             output = self._run(layer, joined, args, kwargs)
-        except (IndexError, MemoryError, RuntimeError, ValueError) as error:  # shapes that do not match, or memory
+        except (IndexError, MemoryError, RuntimeError, ValueError) as error:  # mismatched shapes, or out of memory
             self._together = number * inputs[0][0].shape[:2].numel() // 2 if is_out_of_memory(error) else 0
             fewer = "fewer" if self._together else "one"
-            logger.warning_once(f"Decoder layer {layer} can't run {number} inputs at once; {fewer} will be: {error!r}")
+            logger.warning_once(
+                f"Decoder layer {layer} can't run {number} inputs at once and will run {fewer}: {error!r}"
+            )
             return None
         parts = [part.chunk(number) if isinstance(part, Tensor) else (part,) * number for part in output]
         return list(zip(*parts, strict=True))
 
     def check_finite(self) -> None:
-        """Checks what all layers gave since the last check. It waits for the device, so layers do not do it themselves.
+        """Check all layers' outputs since the last check. A separate step because it waits for the device.
 
         Raises:
             ValueError: naming the layer, if its output was not finite.
@@ -143,17 +142,17 @@ class LayerStream:
         raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
 
     def in_memory(self, layer: int) -> AbstractContextManager[None]:
-        """Holds the weights of an offloaded decoder layer in memory: for several calls, or to read them."""
+        """Keep the weights of an offloaded decoder layer in memory, for several calls or to read them."""
         return in_memory(self.layers[layer]) if self._offloaded[layer] else nullcontext()
 
     @torch.no_grad()
     def call_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
-        """As `run_layer`, for what need not be finite."""
+        """Run one decoder layer as `run_layer`, without the check for finite outputs."""
         return self._run(layer, entering, *self._calls[batch][layer])
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
-        """Lets decoder layers hand on what they are given, as if they were not there, for a while."""
+        """Skip decoder layers inside the context: their output is their input."""
         before = self._skipped
         self._skipped = before | set(layers)
         try:
@@ -163,11 +162,11 @@ class LayerStream:
 
     @torch.no_grad()
     def finish(self, output: LayerOutput) -> Tensor:
-        """The model's last hidden state (after the final norm) `[..., H]` for what the last decoder layer hands on.
+        """Compute the model's last hidden state (after the final norm) `[..., H]` from the last decoder layer's output.
 
-        The layer's output is `[..., H]`, or `[..., n, H]` where there are several residual streams: the model's own
-        modules behind the last layer make one of them. Float32 is kept float32, also where the model computes in half
-        precision. Where inputs of layers are gathered, they must be in `output`; else its hidden states are enough.
+        That output is `[..., H]`, or `[..., n, H]` with several residual streams, which the model's own modules after
+        the last layer merge. Float32 stays float32, even if the model computes in half precision. If inputs of layers
+        are gathered, `output` must contain them; otherwise its hidden states are enough.
         """
         hidden, leading = output[0], output[0].shape[:-2]
         if self.layout.streams:  # modules that collapse streams count dimensions from the front
@@ -185,10 +184,10 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(self, last_hidden: Tensor, batch: int) -> Tensor:
-        """What the model's own language-modelling head makes of a last hidden state `[B, S, H]`: `[B, S, V]`.
+        """Compute logits `[B, S, V]` from a last hidden state `[B, S, H]`, with the model's own head.
 
         Raises:
-            ValueError: if the model has none.
+            ValueError: if the model has no language-modelling head.
         """
         self.check_head()
         ids, mask = self._inputs(self.batches[batch])
@@ -200,7 +199,7 @@ class LayerStream:
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def check_head(self) -> None:
-        """Checks that the model has a language-modelling head.
+        """Check that the model has a language-modelling head.
 
         Raises:
             ValueError: if it is only a decoder.
@@ -212,11 +211,11 @@ class LayerStream:
             )
 
     def valid(self, batch: int) -> Tensor:
-        """`[B, S]` bool: which positions of a batch are no padding."""
+        """Return the mask of a batch, `[B, S]` bool, False on padding."""
         return self.batches[batch].attention_mask.bool()
 
     def tokens(self, values: Tensor, batch: int) -> Tensor:
-        """`[T, ...]` of the tokens that are no padding, for values `[B, S, ...]`; does not wait for the device."""
+        """Select the tokens that are not padding from `[B, S, ...]`: `[T, ...]`, without waiting for the device."""
         places = self._places.get((batch, values.device))
         if places is None:
             places = self.valid(batch).flatten().nonzero().flatten().to(values.device)
@@ -230,9 +229,9 @@ class LayerStream:
         if gathered is not None:
             entering, stack = entering[:-1], entering[-1]
             args, kwargs = gathered.put(stack, args, kwargs)
-        if len(entering) > 1:  # what enters the first layer, or is handed on past it, is hidden states alone
+        if len(entering) > 1:  # the input of the first layer, also if that is skipped, is hidden states alone
             kwargs = kwargs | {name: entering[index] for name, index in self.layout.carried.items()}
-        # Once for the layer, and not by what each module in it has: Dbrx's experts read the weights of another one.
+        # For the whole layer, not module by module: Dbrx's experts read the weights of another module.
         with self.in_memory(layer):
             output = self.layers[layer](entering[0], *args, **kwargs)
         results = output if isinstance(output, tuple) else (output,)
@@ -250,7 +249,7 @@ class LayerStream:
             return self.base(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _capture(self, batch: TokenBatch) -> tuple[list[Any], LayerOutput]:
-        """Arguments that the model gives each layer, and the input of the first, without computing any layer."""
+        """Return the arguments that the model gives each layer, and the input of the first, without running layers."""
         calls: list[Any] = [None] * len(self.layers)
         first: list[LayerOutput] = []
         num_results, gathered = self.layout.num_results, self.layout.gathered
@@ -258,7 +257,7 @@ class LayerStream:
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, args, kwargs = split_hidden(args, kwargs)
-                # Layers run again and again; some models give them a cache to fill whatever they are asked for.
+                # Layers run many times; some models pass a cache to fill even with `use_cache=False`.
                 kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 if not first:
                     first.append((hidden,) if gathered is None else (hidden, gathered.of(args, kwargs)))
@@ -286,11 +285,11 @@ class LayerStream:
         self.check_finite()
         filled = [name for name, store, size in stores if len(store) != size]
         shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)
-        # Several variants of a layer would write to one place. transformers 5.17 does it where no layer reads it, too.
+        # Several variants of a layer would write to one place. transformers 5.17 fills it even if no layer reads it.
         if filled and shared:
             raise UnsupportedModelError(
                 f"model type {self.model.config.model_type!r} can't be searched layer by layer: some of its layers "
-                f"read what others leave in `{filled[0]}`. A plan can be applied."
+                f"read values that others store in `{filled[0]}`. Applying a plan is supported."
             )
         again = self.finish(output)
         if not bool(torch.isfinite(again).all()):
@@ -299,11 +298,11 @@ class LayerStream:
         if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
             raise UnsupportedModelError(
                 f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
-                "pass on more than hidden states, or more than a chain of modules follows the last one."
+                "pass on more than hidden states, or the last one is followed by more than a chain of modules."
             )
 
     def _joins(self, layer: int, entering: LayerOutput, output: LayerOutput, call: tuple[Any, Any]) -> bool:
-        """Whether a layer gives, for an input and a smaller one as one batch, what it gives for each."""
+        """Return whether a layer computes the same for two inputs in one batch as for each alone."""
         small = (entering[0] / 2, *entering[1:])
         joined = self._run_joined(layer, [entering, small], *call)
         largest = float(output[0].abs().max())
@@ -318,7 +317,7 @@ class LayerStream:
 
 
 def _repeated(value: Any, rows: int, number: int) -> Any:
-    """An argument of a layer for `number` batches as one, where it has a row for each sequence."""
+    """Repeat an argument of a layer for `number` joined batches, if it has a row for each sequence."""
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != rows:
         return value
     return value.repeat(number, *[1] * (value.ndim - 1))
@@ -330,7 +329,7 @@ def _not_finite(what: str) -> str:
 
 @contextmanager
 def searching(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients, and the modes as they were afterwards."""
+    """Put a model in eval mode without gradients inside the context, and restore the modes of all modules."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

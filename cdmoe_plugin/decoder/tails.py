@@ -1,4 +1,4 @@
-"""What a decoder layer makes of its sparse block's output, run again on stand-ins for it."""
+"""Tails: the part of a decoder layer after its sparse block, as a function of the block's output."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from .stream import LayerOutput
 
 
 def as_it_is(output: LayerOutput) -> Tensor:
-    """What is compared of a decoder layer that is not the last: its output."""
+    """Return the output of a decoder layer, for the comparison."""
     return output[0]
 
 
 def side_by_side(output: LayerOutput) -> Tensor:
-    """The same for several residual streams `[..., n, H]`: one vector `[..., n * H]`.
+    """Join several residual streams `[..., n, H]` to one vector `[..., n * H]`, for the comparison.
 
-    The next layer reads all streams, by weights that it computes from them. What the model itself does to make one of
-    them is learnt for what the last layer gives (or is their mean, in which differences may cancel out), so that it
-    says little of what layers before hand on. Streams that are all alike are compared as one would be.
+    The next layer reads all streams, with weights that it computes from them. The model's own way to merge them after
+    the last layer is trained for that layer's output (or is their mean, in which differences may cancel out), so it is
+    of little use for earlier layers. Equal streams compare like a single one.
     """
     return output[0].flatten(-2)
 
 
-# From what a decoder layer hands on to what is compared; for the last one, what follows it (as in the published code).
+# From a decoder layer's output to the compared values. For the last layer, the final norm, as in the published code.
 Finish = Callable[[LayerOutput], Tensor]
 
 
 def added_to_streams(slopes: Tensor, y: Tensor, like: Tensor) -> Tensor:
-    """What a block's output `[..., H]` adds to streams, in the form `[..., n, H]` or `[..., n * H]` of others."""
+    """Compute what a block's output `[..., H]` adds to streams, `[..., n, H]` or `[..., n * H]` as in `like`."""
     added = slopes * y.unsqueeze(-2)
     return added if added.shape[-2:] == like.shape[-2:] else added.flatten(-2)
 
 
 class AffineTail:
-    """A decoder layer that adds its block's output to what it has: `finish(offset + slope * y)`."""
+    """A decoder layer that adds its block's output to the residual: `finish(offset + slope * y)`."""
 
     divisible = True
     streams = 1
@@ -47,22 +47,22 @@ class AffineTail:
         self.finish = finish
 
     def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is compared for `y` `[..., t, H]`, the `rows` of the T tokens."""
+        """Compute the compared values for block outputs `y` `[..., t, H]` at the `rows` of the T tokens."""
         return self.finish((torch.add(self.offset[rows], y, alpha=self.slope),))
 
     def part(self, rows: slice) -> AffineTail:
-        """The same for some of the T tokens."""
+        """Return the tail of some of the T tokens."""
         return AffineTail(self.offset[rows], self.slope, self.finish)
 
     def nearest(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The `y` `[T, H]` with which the layer gives an output `[T, H]`, and what an error of it counts, `[T]`."""
+        """Find the `y` `[T, H]` that gives the layer's output `[T, H]`, and the weights `[T]` of its errors."""
         return (output - self.offset) / self.slope, output.new_ones(len(output))
 
 
 class StreamsTail:
-    """A decoder layer that adds its block's output to each of n residual streams, times a factor of token and stream.
+    """A decoder layer that adds its block's output to n residual streams, times a factor per token and stream.
 
-    `finish(offset + slopes * y)`, where the streams are side by side if the layer hands them on so.
+    It computes `finish(offset + slopes * y)`, with the streams joined if the layer returns them so.
     """
 
     divisible = True
@@ -74,23 +74,23 @@ class StreamsTail:
         self.streams = slopes.shape[-2]
 
     def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is compared for `y` `[..., t, H]`, the `rows` of the T tokens."""
+        """Compute the compared values for block outputs `y` `[..., t, H]` at the `rows` of the T tokens."""
         offset = self.offset[rows]
         return self.finish((offset + added_to_streams(self.slopes[rows], y, offset),))
 
     def part(self, rows: slice) -> StreamsTail:
-        """The same for some of the T tokens."""
+        """Return the tail of some of the T tokens."""
         return StreamsTail(self.offset[rows], self.slopes[rows], self.finish)
 
     def nearest(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The `y` `[T, H]` that comes nearest to an output in all streams, and what an error of it counts, `[T]`."""
+        """Find the `y` `[T, H]` for which all streams are nearest to `output`, and the weights `[T]` of its errors."""
         left = (output - self.offset).reshape(len(output), self.streams, -1)
         squares = self.slopes.square().sum(-2)
         return (self.slopes * left).sum(-2) / squares.clamp_min(1e-12), squares[:, 0]
 
 
 class PlaybackTail:
-    """A decoder layer that does more with its block's output (a norm, a convolution): run each time."""
+    """A decoder layer that does more with its block's output (a norm, a convolution) and is run each time."""
 
     divisible = False
     streams = 1
@@ -100,7 +100,7 @@ class PlaybackTail:
         self.valid = valid
 
     def __call__(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What is compared `[..., T, H']` for `y` `[..., T, H]` of all T tokens."""
+        """Compute the compared values `[..., T, H']` for block outputs `y` `[..., T, H]` of all T tokens."""
         assert rows == slice(None)
         results = []
         for candidate in y.reshape(-1, *y.shape[-2:]):
@@ -110,7 +110,7 @@ class PlaybackTail:
         return torch.stack(results).reshape(*y.shape[:-2], *results[0].shape)
 
     def part(self, rows: slice) -> PlaybackTail:
-        """All T tokens at once are all that there is."""
+        """Return the tail itself: it only runs on all T tokens at once."""
         assert rows == slice(None)
         return self
 

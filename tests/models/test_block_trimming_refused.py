@@ -54,16 +54,16 @@ def test_the_end_of_a_period_can_go() -> None:
     model = every_other()
     expected = by_hand(model, "trim_block", [5], IDS)
     torch.testing.assert_close(first_output(apply_plan(model, trim_plan("trim_block", [5])), IDS), expected)
-    with pytest.raises(UnsupportedModelError, match="Name layers that can be dropped in `layers`"):
+    with pytest.raises(UnsupportedModelError, match="Choose layers that can be dropped with `layers`"):
         search_plan(every_other(), CondenseConfig(1, form="trim_block"), calibration=IDS)
 
 
 def test_no_layer_left() -> None:
-    with pytest.raises(UnsupportedModelError, match="no other is left"):
+    with pytest.raises(UnsupportedModelError, match="no layer would remain"):
         search_plan(tiny_model("mixtral"), CondenseConfig(4, form="trim_block"), calibration=IDS)
-    with pytest.raises(UnsupportedModelError, match="no other is left"):
+    with pytest.raises(UnsupportedModelError, match="no layer would remain"):
         apply_plan(tiny_model("mixtral"), trim_plan("trim_block", [0, 1, 2, 3]))
-    with pytest.raises(UnsupportedModelError, match="what remains does not run"):
+    with pytest.raises(UnsupportedModelError, match="the remaining layers do not run"):
         apply_plan(tiny_model("qwen3_next", num_layers=3), trim_plan("trim_block", [1]))
 
 
@@ -77,7 +77,7 @@ def test_what_depends_on_its_place_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Qwen2MoeDecoderLayer, "forward", scaled)
     model = tiny_model("qwen2_moe")
     before, output = state_of(model), first_output(model, IDS)
-    with pytest.raises(UnsupportedModelError, match="compute something else"):
+    with pytest.raises(UnsupportedModelError, match="the remaining layers compute something else"):
         apply_plan(model, trim_plan("trim_block", [1]))
     after = state_of(model)
     assert not differing(before[0], after[0])
@@ -141,7 +141,7 @@ def test_configs_that_refuse_are_refusals(error: Exception, monkeypatch: pytest.
         init(self, config, layer_idx)
 
     monkeypatch.setattr(Qwen2MoeDecoderLayer, "__init__", refusing)
-    with pytest.raises(UnsupportedModelError, match=r"can't describe what remains \(it is refused: no\)"):
+    with pytest.raises(UnsupportedModelError, match=r"can't describe the remaining layers \(it is refused: no\)"):
         apply_plan(model, trim_plan("trim_block", [1]))
 
 

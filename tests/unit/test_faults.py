@@ -163,7 +163,7 @@ def test_a_layer_that_takes_no_joined_batch(
         assert all(torch.equal(output[0], expected) for output in stream.run_together(1, inputs, 0))
     assert given == [8, *[2] * 12]
     [message] = said(caplog)
-    assert "Decoder layer 1 can't run 4 inputs at once; one will be" in message
+    assert "Decoder layer 1 can't run 4 inputs at once and will run one" in message
     assert str(error) in message
 
 
@@ -180,7 +180,7 @@ def test_a_layer_without_memory_for_a_joined_batch(
         assert all(torch.allclose(output[0], expected, atol=1e-5) for output in found)
     assert given == [8, 2, 2, 2, 2, 4, 4, 4, 4]  # half as many are tried from then on
     [message] = said(caplog)
-    assert "Decoder layer 2 can't run 4 inputs at once; fewer will be" in message
+    assert "Decoder layer 2 can't run 4 inputs at once and will run fewer" in message
     monkeypatch.undo()
     fail_for_more_rows(stream, 2, 0, error, monkeypatch)
     with pytest.raises(type(error)) as caught:  # not even for one of them

@@ -212,7 +212,7 @@ def test_search_and_refit_in_one_call(tmp_path: Path) -> None:
         ({"refit": "down_proj", "refit_target": "layer"}, IDS, "'model', 'block'"),
         ({"refit": "down_proj"}, IDS[:4], "at least 5"),
         ({"refit": "distill", "refit_steps": 0}, IDS, "refit_steps"),
-        ({"refit": "distill", "form": "trim_layer"}, IDS, "nothing is left to fit"),
+        ({"refit": "distill", "form": "trim_layer"}, IDS, "there is nothing to fit"),
     ],
 )
 def test_bad_requests_change_nothing(config: dict[str, Any], calibration: Any, message: str) -> None:

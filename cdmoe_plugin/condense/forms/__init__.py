@@ -1,4 +1,4 @@
-"""Forms that a decoder layer may take, one file each."""
+"""The forms that a decoder layer may take, one file each."""
 
 from __future__ import annotations
 

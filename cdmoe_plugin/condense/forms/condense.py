@@ -1,4 +1,4 @@
-"""A condensed layer: its shared and kept experts are one dense MLP (CD-MoE, arXiv 2412.00069)."""
+"""The condensed form of a layer: its shared and kept experts are one dense MLP (CD-MoE, arXiv 2412.00069)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .form import Replacing
 
 
 class Condense(Replacing):
-    """The paper's form: the kept experts are folded with their constant gates into one MLP, and the router goes."""
+    """The paper's form: the kept experts, with constant gates, are folded into one MLP without a router."""
 
     name = "condense"
     keeps_experts = True
@@ -23,7 +23,7 @@ class Condense(Replacing):
     def check(
         self, model: PreTrainedModel, blocks: Sequence[SparseBlock], layers: Sequence[int] | None, num_layers: int = 1
     ) -> None:
-        """Accept every layer: blocks that can't be condensed are refused where they are found."""
+        """Accept every layer: `find_sparse_blocks` has refused blocks that can't be condensed."""
 
     def module(self, block: SparseBlock, kept: CondensedLayer) -> nn.Module:
         return fold(block, kept.experts, kept.gates)

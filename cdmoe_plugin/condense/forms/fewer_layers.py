@@ -1,9 +1,9 @@
-"""The config of a model with fewer decoder layers, found by structure and proved by building the model again.
+"""The config of a model with fewer decoder layers, found by structure and verified by building the model again.
 
-What a config says per layer has many names (`layer_types`, `mlp_only_layers`, `first_k_dense_replace`, ...), and none
-is looked up here. A list as long as the decoder may hold one value per layer or indices of layers, a number may be a
-boundary between them: each such field has a few readings. Those are taken under which the config, written as JSON and
-read again, builds the decoder layers that are to remain, and everything else as it was.
+Configs describe single layers under many names (`layer_types`, `mlp_only_layers`, `first_k_dense_replace`, ...), and
+none is looked up here. A list as long as the decoder may contain one value per layer or indices of layers, a number may
+be a boundary between layers: each such field has a few readings. The right ones are those with which the config,
+written as JSON and read again, builds exactly the remaining decoder layers and leaves everything else unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...blocks import UnsupportedModelError
 from ...checks import is_out_of_memory
 
-# Errors by which configs and models refuse fields that contradict each other.
+# Errors that configs and models raise for contradictory fields.
 _REFUSALS = (
     ValueError,
     TypeError,
@@ -41,13 +41,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left of a model without some decoder layers.
+    """The description of a model without some decoder layers.
 
     Args:
-        kept (`list[int]`): The remaining decoder layers in the order of depth, by their indices before.
+        kept (`list[int]`): The remaining decoder layers by depth, by their former indices.
         fields (`dict[str, Any]`): Config fields that change, with their new values.
-        attributes (`list[tuple[str, str, Any]]`): What modules know of their place: name of the module (after), name of
-            the attribute, new value.
+        attributes (`list[tuple[str, str, Any]]`): Attributes of modules that depend on their layer: new name of the
+            module, name of the attribute, new value.
     """
 
     kept: list[int]
@@ -56,14 +56,14 @@ class Remaining:
 
 
 class _Mismatch(Exception):
-    """A difference between the model that config fields build and the one that is to remain."""
+    """A difference between the model that config fields build and the expected one."""
 
 
 class _Attempt(NamedTuple):
-    """A model built from some config fields, beside the one that is to remain.
+    """The comparison of a model built from some config fields with the expected one.
 
     Args:
-        differing (`float`): Modules that differ; infinite where the fields build no model.
+        differing (`float`): Number of modules that differ; infinite if the fields build no model.
         reason (`str`): The first difference.
         attributes (`list[tuple[str, str, Any]]`): As in `Remaining`.
     """
@@ -74,7 +74,7 @@ class _Attempt(NamedTuple):
 
 
 def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[int]) -> Remaining:
-    """Find what a model's config and modules must say once some of its decoder layers are dropped.
+    """Find the config fields and module attributes that describe a model without some of its decoder layers.
 
     Nothing is computed and the model is not changed; it may be on the meta device.
 
@@ -84,7 +84,7 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
         dropped (`Iterable[int]`): Decoder layers to drop.
 
     Raises:
-        UnsupportedModelError: if no layer would remain, or if the config can't describe those that would.
+        UnsupportedModelError: if no layer would remain, or if the config can't describe the remaining ones.
     """
     config: Any = model.config
     total = len(model.base_model.get_submodule(layers_path))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
     kept = [layer for layer in range(total) if layer not in dropped]
     what = f"model type {config.model_type!r} can't do without its decoder layers {sorted(dropped)}"
     if not kept:
-        raise UnsupportedModelError(f"{what}: no other is left.")
+        raise UnsupportedModelError(f"{what}: no layer would remain.")
     if config.get_text_config() is not config:
         raise UnsupportedModelError(f"{what}: it is part of a larger model.")
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
@@ -119,7 +119,7 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
     fields = {**number, **{name: found[0] for name, found in choices.items()}}
     first = best = attempt(fields)
     alternatives = [(name, reading) for name, found in choices.items() for reading in found[1:]]
-    # One field at a time, the one whose other reading leaves the fewest modules that differ.
+    # Change one field at a time, the one whose other reading leaves the fewest differing modules.
     while best.differing and alternatives:
         tried = [(attempt({**fields, name: reading}), name, reading) for name, reading in alternatives]
         other, name, reading = min(tried, key=lambda each: each[0].differing)
@@ -128,20 +128,20 @@ def without_layers(model: PreTrainedModel, layers_path: str, dropped: Iterable[i
         fields, best = {**fields, name: reading}, other
     if best.differing:
         raise UnsupportedModelError(
-            f"{what}: its config can't describe what remains ({first.reason}). A pattern that repeats over the layers, "
-            "or a layer that depends on its place, does not survive."
+            f"{what}: its config can't describe the remaining layers ({first.reason}). Repeating patterns of layers, "
+            "and layers that depend on their position, are not supported."
         )
     changed = {name: value for name, value in fields.items() if value != values[name]}
     return Remaining(kept, changed, best.attributes)
 
 
 def readings(name: str, value: Any, kept: Sequence[int], total: int) -> list[Any]:
-    """List what a config field may have to be once only the `kept` of `total` layers are left, the likeliest first."""
+    """List the possible values of a config field when only the `kept` of `total` layers remain, the likeliest first."""
     found: list[Any] = [value]
     if "token" in name:  # a list of token ids may be as long as a shallow decoder
         return found
     if isinstance(value, int) and not isinstance(value, bool) and re.search("layer|dense", name):
-        # A boundary between layers, the first index above it or the last below.
+        # A boundary between layers: the first index after it or the last one before.
         found += [sum(k < value for k in kept), sum(k <= value for k in kept) - 1]
     elif isinstance(value, (list, tuple)) and value:
         place = {old: new for new, old in enumerate(kept)}
@@ -168,17 +168,17 @@ def _computes_buffers(layers: nn.Module) -> bool:
 
 
 def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig, with_buffers: bool = False) -> PreTrainedModel:
-    """Build a model from what `config` leaves in a file; parameters on the meta device, buffers too unless asked for.
+    """Build a model on the meta device from `config` as a file would store it, optionally with real buffers.
 
     Raises:
-        _Mismatch: if the config or the model refuses it. Out of memory is no refusal and passes.
+        _Mismatch: if the config or the model refuses it. Out-of-memory errors are raised as they are.
     """
     try:
         again = type(config).from_dict(json.loads(json.dumps(config.to_diff_dict())))
         for name, value in vars(config).items():
             if not name.startswith("_") and isinstance(value, list) and vars(again).get(name) != value:
                 raise _Mismatch(f"`{name}` would be {vars(again).get(name)} instead of {value}")
-        # With buffers, every parameter takes memory for a moment; nearly no architecture needs that.
+        # With buffers, every parameter takes memory for a moment; few architectures need that.
         with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             return model_class(again)
     except _REFUSALS as error:
@@ -188,7 +188,7 @@ def _build(model_class: type[PreTrainedModel], config: PreTrainedConfig, with_bu
 
 
 def _compare(before: nn.Module, after: nn.Module, layers: str, kept: Sequence[int], total: int) -> _Attempt:
-    """Compare `after` with `before` without all but the `kept` layers, module by module."""
+    """Compare `after` with the `kept` layers and all else of `before`, module by module."""
     new_names = {f"{layers}{old}": f"{layers}{new}" for new, old in enumerate(kept)}
     pattern = re.compile(re.escape(layers) + r"\d+")
     expected: dict[str, nn.Module] = {}
@@ -219,9 +219,9 @@ def _kind(module: nn.Module | None) -> str:
 
 
 def _compare_tensors(where: str, old: nn.Module, new: nn.Module, shared: bool) -> None:
-    """Compare names and shapes of weights, and values of buffers that are computed whenever a checkpoint is opened.
+    """Compare names and shapes of weights, and values of buffers that are computed when a checkpoint is opened.
 
-    Of the latter, modules that layers share hold some for each kind of layer, and lose them with the last of a kind.
+    Modules shared by all layers have such buffers for each kind of layer, and lose them with the last layer of a kind.
     """
     one, other = _saved_shapes(old), _saved_shapes(new)
     if one != other:
@@ -253,12 +253,12 @@ def _compare_attributes(
     changed = []
     for name in sorted(one.keys() | other.keys()):
         a, b = one.get(name), other.get(name)
-        if a == b or (index is None and name not in other):  # what is kept for each kind of layer, as above
+        if a == b or (index is None and name not in other):  # one per kind of layer, as for buffers
             continue
-        its_index = index is not None and (a, b) == (kept[index], index)
-        its_list = isinstance(a, (list, tuple)) and b in readings("layers", a, kept, total)
+        renumbered = index is not None and (a, b) == (kept[index], index)
+        shortened = isinstance(a, (list, tuple)) and b in readings("layers", a, kept, total)
         fewer_kinds = index is None and isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and {*b} < {*a}
-        if not (its_index or its_list or fewer_kinds or (a, b) == (total, len(kept))):
+        if not (renumbered or shortened or fewer_kinds or (a, b) == (total, len(kept))):
             raise _Mismatch(f"`{name}` of {where or 'the model'} would be {b!r} instead of {a!r}")
         changed.append((name, b))
     return changed

@@ -1,4 +1,4 @@
-"""The questions that the rest of the package has for a form, and the answers that most forms share."""
+"""The interface of a form, and the base class of forms that replace the sparse block."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Form(ABC):
 
     Attributes:
         name (`str`): Its name in `CondenseConfig.form` and in plans.
-        keeps_experts (`bool`): Whether a layer keeps any of its experts: they are searched, and may be refitted.
+        keeps_experts (`bool`): Whether layers keep some of their experts, which are then searched and may be refitted.
     """
 
     name: ClassVar[str]
@@ -47,17 +47,17 @@ class Form(ABC):
 
     @abstractmethod
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
-        """Give one layer of a running model this form, for a while."""
+        """Give one layer of a model this form inside the context."""
 
     @abstractmethod
     def entering(self, stream: LayerStream, block: SparseBlock, inputs: LayerOutput, batch: int) -> Tensor:
-        """Compute the hidden states `[B, S, H]` that enter the part of a layer which this form replaces.
+        """Compute the input `[B, S, H]` of the part of a layer that this form replaces.
 
         Args:
             stream (`LayerStream`): The unmodified model.
             block (`SparseBlock`): The layer's sparse block.
             inputs (`LayerOutput`): The layer's input.
-            batch (`int`): Index of the batch that the input belongs to.
+            batch (`int`): Index of the input's batch.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Form(ABC):
         Args:
             model (`PreTrainedModel`): A sparse model.
             blocks (`Sequence[SparseBlock]`): Its sparse blocks.
-            plan (`CondensePlan`): A plan of this form, which fits the model.
+            plan (`CondensePlan`): A plan of this form that fits the model.
             mlps (`Mapping[int, CondensedMLP]`, *optional*): Refitted MLPs by decoder layer, in place of folded ones.
 
         Raises:
@@ -82,34 +82,34 @@ class Form(ABC):
 
     @abstractmethod
     def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
-        """Give a model on the meta device the sizes that any plan with these numbers of experts would give it.
+        """Give a model on the meta device the sizes that it would have with these numbers of experts.
 
         Args:
             model (`PreTrainedModel`): A sparse model on the meta device.
             blocks (`Sequence[SparseBlock]`): Its sparse blocks.
-            kept (`Mapping[int, int]`): Number of experts that each layer keeps, by decoder layer.
+            kept (`Mapping[int, int]`): Number of kept experts by decoder layer.
         """
 
 
 class Replacing(Form):
-    """A form that puts another module in place of a layer's sparse block: the model becomes a condensed one.
+    """A form that replaces a layer's sparse block by another module. The model becomes a condensed one.
 
-    A checkpoint can be opened in this form without the experts that are not kept.
+    A checkpoint can be opened in this form without reading the experts that are not kept.
     """
 
     @abstractmethod
     def module(self, block: SparseBlock, kept: CondensedLayer) -> nn.Module:
-        """Make the module that takes a sparse block's place."""
+        """Make the module that replaces a sparse block."""
 
     def stored_module(self, model: PreTrainedModel, block: SparseBlock, kept: CondensedLayer) -> nn.Module:
-        """Make the same module, with its weights where the model has the block's: in memory, or offloaded."""
+        """Make the same module, offloaded if the block is."""
         return self.module(block, kept)
 
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
         return standing_in(stream.model, block, self.module(block, kept))
 
     def entering(self, stream: LayerStream, block: SparseBlock, inputs: LayerOutput, batch: int) -> Tensor:
-        # A layer without its MLP returns what would have entered it: no architecture's norms need to be known.
+        # A layer without its MLP returns the input of its MLP's norm, whatever the norms of the architecture.
         with standing_in(stream.model, block, Trimmed()):
             return stream.run_layer(block.layer, inputs, batch)[0]
 
@@ -139,8 +139,8 @@ class Replacing(Form):
             model (`PreTrainedModel`): A sparse model.
             blocks (`Sequence[SparseBlock]`): Its sparse blocks.
             layers (`Sequence[CondensedLayer]`): Layers of a plan.
-            at_once (`bool`, defaults to `True`): Whether all modules are made before the first is installed, so that a
-                failure leaves the model as it was; else one after the other, which needs less memory.
+            at_once (`bool`, defaults to `True`): Whether all modules are made before the first is installed, so that
+                the model is unchanged after an error. One after the other needs less memory.
             mlps (`Mapping[int, CondensedMLP]`, *optional*): As for `apply`.
         """
         by_layer = {block.layer: block for block in blocks}
@@ -153,6 +153,6 @@ class Replacing(Form):
         return specs
 
     def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
-        model.name_or_path = ""  # the base model's card is not read
+        model.name_or_path = ""  # so that the base model's card is not read
         rows = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in kept.items()]
         self.apply(model, blocks, CondensePlan(rows, form=self.name))

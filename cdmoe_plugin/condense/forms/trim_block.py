@@ -1,4 +1,4 @@
-"""Block Trimming (He et al. 2024, arXiv 2406.15786): a model without some decoder layers is still what it was."""
+"""Block Trimming (He et al. 2024, arXiv 2406.15786): whole decoder layers are dropped."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .form import Form
 
 
 class TrimBlock(Form):
-    """A baseline of the paper: the whole decoder layer goes.
+    """A baseline of the paper: whole decoder layers are dropped.
 
-    The model keeps its class and is saved as a checkpoint of its own architecture; its config says fewer layers.
+    The model keeps its class and is saved as a checkpoint of its own architecture with fewer layers.
     """
 
     name = "trim_block"
@@ -39,12 +39,12 @@ class TrimBlock(Form):
         if layers is not None or num_layers >= total:
             without_layers(model, path, range(total) if layers is None else layers)
             return
-        # A search may choose any: each sparse one is dropped alone.
+        # A search may choose any layer: drop each sparse one alone.
         for block in blocks:
             try:
                 without_layers(model, path, [block.layer])
             except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{error} Name layers that can be dropped in `layers`.") from error
+                raise UnsupportedModelError(f"{error} Choose layers that can be dropped with `layers`.") from error
 
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
         return stream.skipping([block.layer])
@@ -59,10 +59,9 @@ class TrimBlock(Form):
         plan: CondensePlan,
         mlps: Mapping[int, CondensedMLP] | None = None,
     ) -> None:
-        """Drop the decoder layers of a plan; `model.condense_plan` is then the plan.
+        """Drop the decoder layers of a plan and set `model.condense_plan`.
 
-        Before it returns, the model has computed, on a few tokens, what the whole model computes with these layers
-        skipped.
+        The result is checked on a few tokens against the whole model with these layers skipped.
         """
         path = layers_path(blocks)
         dropped = sorted(layer.layer for layer in plan.layers)
@@ -86,7 +85,7 @@ class TrimBlock(Form):
 
 
 def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
-    """The last hidden state of the whole model with some of its layers skipped."""
+    """Compute the last hidden state of the whole model with some of its layers skipped."""
     state = stream.embeddings[0]
     with stream.skipping(dropped):
         for layer in range(len(stream)):
@@ -95,7 +94,7 @@ def _skipping(stream: LayerStream, dropped: Sequence[int]) -> Tensor:
 
 
 def _check(model: PreTrainedModel, batch: TokenBatch, expected: Tensor, what: str) -> None:
-    """Check the last hidden state of a model on a batch, with a cache, too: some want a kind of layer that is gone."""
+    """Check the last hidden state of a model on a batch, also with a cache, which may need a kind of layer."""
     base: Any = decoder_of(model)
     device = next(model.get_input_embeddings().parameters()).device
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
@@ -106,14 +105,14 @@ def _check(model: PreTrainedModel, batch: TokenBatch, expected: Tensor, what: st
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            raise UnsupportedModelError(f"model type {what}: what remains does not run ({error}).") from error
+            raise UnsupportedModelError(f"model type {what}: the remaining layers do not run ({error}).") from error
         if not torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * scale):
-            raise UnsupportedModelError(f"model type {what}: the remaining ones compute something else than before.")
+            raise UnsupportedModelError(f"model type {what}: the remaining layers compute something else.")
 
 
 @contextmanager
 def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> Iterator[None]:
-    """Drop the layers, and put everything back if the block raises."""
+    """Drop the layers, and restore everything if the context raises."""
     parent_path, _, name = path.rpartition(".")
     parent = model.base_model.get_submodule(parent_path)
     layers: Any = getattr(parent, name)
@@ -122,7 +121,7 @@ def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> 
     attributes = []
     try:
         setattr(parent, name, nn.ModuleList([layers[i] for i in remaining.kept]).train(layers.training))
-        # Past `__setattr__`, which may look at one field before the other has changed.
+        # Not by `setattr`, which may validate one field before the others have changed.
         config.update(remaining.fields)
         for module_name, attribute, value in remaining.attributes:
             module = model.get_submodule(module_name)
@@ -138,7 +137,7 @@ def _unless_refused(model: PreTrainedModel, path: str, remaining: Remaining) -> 
 
 
 def _renumber_device_map(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """`hf_device_map` names modules; transformers and accelerate read it when a model is saved or trained."""
+    """Rename the modules in `hf_device_map`, which transformers and accelerate read on saving and training."""
     devices: Any = getattr(model, "hf_device_map", None)
     if not devices:
         return

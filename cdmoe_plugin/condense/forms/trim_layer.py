@@ -1,4 +1,4 @@
-"""Layer Trimming (He et al. 2024, arXiv 2406.15786): the whole MLP sub-layer goes, and only the residual passes."""
+"""Layer Trimming (He et al. 2024, arXiv 2406.15786): whole MLP sub-layers are dropped, only the residual remains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .form import Replacing
 
 
 class TrimLayer(Replacing):
-    """A baseline of the paper: zeros take the place of the sparse block."""
+    """A baseline of the paper: zeros replace the output of the sparse block."""
 
     name = "trim_layer"
 

@@ -1,7 +1,7 @@
-"""Fits condensed layers to the sparse model after their experts are chosen, with no labels and no back-propagation.
+"""The refit of condensed layers to the sparse model after their experts are chosen, layer by layer, without labels.
 
-Layers are fitted in the order of depth, each on inputs from the already condensed model below it. A method takes
-the folded layer, its examples and the options that it registers with, and returns a `RefitLayer`.
+Layers are fitted by depth, each on inputs from the already condensed layers before it. A method takes the folded layer,
+its examples and the options that it registers, and returns a `RefitLayer`.
 """
 
 from .driver import TARGETS, check_calibration, check_refit, refit_layers

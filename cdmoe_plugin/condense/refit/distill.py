@@ -1,4 +1,4 @@
-"""A condensed layer trained alone against its target."""
+"""Training of a single condensed layer against its target."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .ridge import refit_down_proj
 _TOKENS_PER_STEP = 1024
 # Step size of Adam relative to the root mean square of a weight matrix.
 _RELATIVE_RATE = 0.02
-# The held-out error is looked at so many times; training ends when it has not fallen for `_PATIENCE` of them.
+# Number of evaluations on held-out tokens; training ends after `_PATIENCE` evaluations without a lower error.
 _CHECKS = 10
 _PATIENCE = 3
 
 
 @REFITS.register("distill", "all three projections by Adam, after down_proj", options=("refit_steps",))
 def distill(mlp: CondensedMLP, examples: LayerExamples, refit_steps: int) -> RefitLayer:
-    """Trains one condensed layer with Adam from its closed-form refit, with the memory of one block.
+    """Train one condensed layer with Adam, starting from its closed-form refit, with the memory of one block.
 
-    The weights that were best on held-out sequences are kept.
+    The weights with the lowest error on held-out sequences are kept.
 
     Args:
         mlp (`CondensedMLP`): The folded layer, changed in place.
         examples (`LayerExamples`): Inputs and targets.
-        refit_steps (`int`): Steps of Adam, at most.
+        refit_steps (`int`): Maximum number of steps.
     """
     solved = refit_down_proj(mlp, examples)
     student = copy.deepcopy(mlp).float()
@@ -65,7 +65,7 @@ def distill(mlp: CondensedMLP, examples: LayerExamples, refit_steps: int) -> Ref
 
 
 def weighted_error(mlp: CondensedMLP, example: Example) -> Tensor:
-    """Weighted squared error relative to the target's size, a scalar; both before a norm where the layer has one."""
+    """Compute the weighted squared error relative to the target's size, a scalar; before the layer's norm, if any."""
     error = (mlp.sum_of_experts(example.inputs.float()) - example.target).square().sum(-1)
     size = (example.target.square().sum(-1) * example.weights).sum().clamp_min(1e-30)
     return (error * example.weights).sum() / size
@@ -82,7 +82,7 @@ def _held_out_error(mlp: CondensedMLP, examples: LayerExamples) -> float:
 
 
 class _Draw:
-    """Random tokens of a batch, batch after batch in random order."""
+    """An endless draw of random tokens, from one batch after the other in random order."""
 
     def __init__(self, examples: LayerExamples) -> None:
         self.examples = examples

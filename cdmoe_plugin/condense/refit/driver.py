@@ -1,4 +1,4 @@
-"""Fits the condensed layers of a plan, one after the other, in the order of depth."""
+"""The refit of a plan's condensed layers, one after the other, by depth."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .examples import HELD_OUT_EVERY, LayerExamples, RefitLayer
 
 logger = logging.get_logger(__name__)
 
-# What a layer is fitted to: see `LayerExamples`.
+# See `LayerExamples`.
 TARGETS = ("model", "block")
 
 
 def check_refit(config: CondenseConfig) -> None:
-    """Checks what a config says of refitting.
+    """Check the fields of a config for refitting.
 
     Raises:
         ValueError: naming the field and the values that exist.
@@ -40,15 +40,15 @@ def check_refit(config: CondenseConfig) -> None:
 
 
 def check_calibration(calibration: Calibration) -> None:
-    """Checks that there is something to hold out.
+    """Check that there are sequences to hold out.
 
     Raises:
         ValueError: if the calibration data has too few sequences.
     """
     if calibration.num_samples < HELD_OUT_EVERY:
         raise ValueError(
-            f"`refit` holds every {HELD_OUT_EVERY}th calibration sample out to choose on, but {calibration.source} has "
-            f"{calibration.num_samples} samples: use at least {HELD_OUT_EVERY}, or `refit=None`."
+            f"`refit` holds out every {HELD_OUT_EVERY}th calibration sample for validation, but {calibration.source} "
+            f"has {calibration.num_samples} samples: use at least {HELD_OUT_EVERY}, or `refit=None`."
         )
 
 
@@ -59,17 +59,17 @@ def refit_layers(
     config: CondenseConfig,
     calibration: Calibration,
 ) -> tuple[dict[int, CondensedMLP], dict[int, RefitLayer]]:
-    """Folds and fits the layers of a plan; the model stays as it is.
+    """Fold and fit the layers of a plan, without changing the model.
 
     Args:
         model (`PreTrainedModel`): The sparse model.
         blocks (`Sequence[SparseBlock]`): Its sparse blocks.
-        layers (`Sequence[CondensedLayer]`): What to condense.
+        layers (`Sequence[CondensedLayer]`): The layers to condense.
         config (`CondenseConfig`): `refit` with its options, `refit_target` and `cache_memory`.
         calibration (`Calibration`): Tokens to fit on.
 
     Returns:
-        The condensed MLPs and how well they are fitted, by decoder layer.
+        The condensed MLPs and the errors of their fits, by decoder layer.
 
     Raises:
         ValueError: if there are too few calibration sequences.
@@ -106,7 +106,7 @@ def refit_layers(
                     condensed = outputs if alike else _run(stream, layer, condensed)
             if layer in chosen:
                 offload_like(mlps[layer], by_layer[layer].module, f"condensed-{layer}")
-            original = outputs  # as it was, where the unmodified model is no longer followed
+            original = outputs  # unused once the unmodified model is no longer needed
     return mlps, fits
 
 

@@ -1,4 +1,4 @@
-"""What a condensed layer is fitted to: inputs, and the outputs that it should give for them."""
+"""The examples to which a condensed layer is fitted: its inputs and target outputs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ...decoder.record import LayerRecorder
 from ...decoder.stream import LayerOutput, LayerStream
 from ...decoder.tails import PlaybackTail
 
-# Every so many sequences, one is held out to choose on.
+# One in so many sequences is held out for validation.
 HELD_OUT_EVERY = 5
 
 
 class Example(NamedTuple):
-    """T tokens of a batch.
+    """The layer's inputs and targets for T tokens of a batch.
 
     Args:
-        inputs (`Tensor`): What the layer sees, `[T, H]` in the model's dtype.
-        target (`Tensor`): What it should give, float32 `[T, H]`.
-        weights (`Tensor`): float32 `[T]`, how much the squared error of each token counts.
+        inputs (`Tensor`): Inputs, `[T, H]` in the model's dtype.
+        target (`Tensor`): Target outputs, float32 `[T, H]`.
+        weights (`Tensor`): Weights of the tokens' squared errors, float32 `[T]`.
     """
 
     inputs: Tensor
@@ -34,12 +34,12 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class RefitLayer:
-    """How well a layer is fitted: weighted squared errors on held-out calibration tokens, relative to the target's.
+    """The result of a fit: weighted squared errors on held-out calibration tokens, relative to the target's size.
 
     Args:
-        before (`float`): Of the folded experts.
-        after (`float`): Of what was kept; never larger.
-        strength (`float`, *optional*): Ridge strength that was chosen, None where the folded layer was kept.
+        before (`float`): Error of the folded layer.
+        after (`float`): Error of the kept weights; never larger.
+        strength (`float`, *optional*): The chosen ridge strength; None if the folded layer was kept.
     """
 
     before: float
@@ -48,17 +48,18 @@ class RefitLayer:
 
 
 class LayerExamples:
-    """The examples of one sparse layer on all calibration batches, computed when asked for and kept if they fit.
+    """The examples of one sparse layer on all calibration batches, computed on demand and cached if they fit.
 
     Args:
-        stream (`LayerStream`): The model, condensed below this layer.
+        stream (`LayerStream`): The model, with earlier layers condensed.
         block (`SparseBlock`): The layer's sparse block.
         states (`list[LayerOutput]`): The layer's input in the condensed model, per batch.
-        goals (`list[Tensor] | None`): The layer's output in the unmodified model, `[B, S, H]` per batch: the target is
-            then what takes the condensed model's hidden states there (of several residual streams `[B, S, n, H]`, as
-            near as it can), errors of the layers below included. With None, and in layers that do more with their
-            block's output than adding it, the target is what the sparse block gives for the same inputs.
-        cache_bytes (`int`): Memory for examples that are kept.
+        goals (`list[Tensor] | None`): The layer's output in the unmodified model, `[B, S, H]` per batch. The target is
+            then the block output with which the condensed model reaches it, which also corrects errors of earlier
+            layers; with several residual streams `[B, S, n, H]`, the output that comes nearest. If None, and in layers
+            that do more with their block's output than adding it, the target is the sparse block's output for the same
+            inputs.
+        cache_bytes (`int`): Memory for cached examples.
     """
 
     def __init__(
@@ -82,15 +83,15 @@ class LayerExamples:
         return len(self.states)
 
     def fit(self, batch: int) -> Example:
-        """The tokens of a batch to fit on."""
+        """Return the tokens of a batch to fit on."""
         return self._part(batch, held_out=False)
 
     def held_out(self, batch: int) -> Example:
-        """The tokens of a batch to choose on: whole sequences."""
+        """Return the tokens of a batch for validation: whole sequences."""
         return self._part(batch, held_out=True)
 
     def both(self) -> Iterator[tuple[Example, Example]]:
-        """Both parts of every batch."""
+        """Yield both parts of every batch."""
         for batch in range(len(self)):
             yield self.fit(batch), self.held_out(batch)
 
@@ -112,7 +113,7 @@ class LayerExamples:
         if self.goals is not None and not isinstance(call.tail, PlaybackTail):
             hidden = self.goals[batch].to(hidden.device)[valid].float()
             target, weights = call.tail.nearest(hidden)
-        # The norm in front of whatever comes next divides the size of a token's hidden state out.
+        # The next norm divides by the size of a token's hidden state.
         weights = weights / hidden.flatten(1).square().mean(-1).clamp_min(1e-8)
         sequence = valid.nonzero()[:, 0] + self._first_sequence[batch]
         found = Example(call.inputs, target, weights), sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

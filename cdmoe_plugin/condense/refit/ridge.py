@@ -1,4 +1,4 @@
-"""The down projection in closed form: ridge regression towards the folded one."""
+"""The refit of the down projection in closed form: ridge regression towards the folded one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ...model.layers_cdmoe import CondensedMLP
 from ...registry import REFITS
 from .examples import Example, LayerExamples, RefitLayer
 
-# Ridge strengths that are tried, as shares of the mean square of an inner activation.
+# The candidate ridge strengths, relative to the mean square of an inner activation.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class NormalEquations:
-    """Sums over tokens from which the error of any change of the down projection follows; W is the layer's width.
+    """Sums over tokens that determine the error of any change of the down projection. W is the layer's width.
 
-    With inner activations `a` `[T, W]`, what is left to explain `r = y - a D^T` `[T, H]` and token weights `w`, these
-    are `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64: memory does not grow with T.
+    With inner activations `a` `[T, W]`, residuals `r = y - a D^T` `[T, H]` and token weights `w`, the sums are
+    `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64. Memory does not grow with T.
     """
 
     def __init__(self, mlp: CondensedMLP) -> None:
@@ -33,7 +33,7 @@ class NormalEquations:
         self.size = self.weight.new_zeros(())
 
     def add(self, example: Example) -> None:
-        """Counts some tokens in."""
+        """Add some tokens to the sums."""
         inner = inner_activations(self.mlp, example.inputs).double()
         weights = example.weights.double()[:, None]
         left = example.target.double() - F.linear(inner, self.weight, self.bias)
@@ -43,13 +43,13 @@ class NormalEquations:
         self.size += (example.target.double().square() * weights).sum()
 
     def solve(self, strength: float) -> Tensor:
-        """The change of the transposed down projection, `[W, H]`, that ridge regression finds."""
+        """Solve the ridge regression for the change of the transposed down projection, `[W, H]`."""
         ridge = strength * self.products.diagonal().mean().clamp_min(1e-30)
         system = self.products + ridge * torch.eye(len(self.products), dtype=ridge.dtype, device=ridge.device)
         return torch.cholesky_solve(self.rest, torch.linalg.cholesky(system))
 
     def error_with(self, change: Tensor) -> float:
-        """`sum w r²` if the transposed down projection were changed so."""
+        """Compute `sum w r²` after a change of the transposed down projection."""
         return float(self.error - 2 * (change * self.rest).sum() + (change * (self.products @ change)).sum())
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
@@ -61,13 +61,13 @@ class NormalEquations:
 @REFITS.register("down_proj", "the down projection by ridge regression, in closed form")
 @torch.no_grad()
 def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
-    """Solves for the down projection that brings the layer nearest to its target (ridge regression, in closed form).
+    """Fit the down projection of a layer to its target by ridge regression, in closed form.
 
-    The strength is the one of `STRENGTHS` that is best on held-out sequences; where none of them beats the folded
-    layer there, that one is kept. With the strength chosen, all sequences are fitted.
+    The ridge strength is chosen from `STRENGTHS` on held-out sequences, and the final fit uses all sequences. If no
+    strength improves on the folded layer, the layer is not changed.
 
     Args:
-        mlp (`CondensedMLP`): The folded layer; its down projection (and nothing else) is changed in place.
+        mlp (`CondensedMLP`): The folded layer. Only its down projection is changed, in place.
         examples (`LayerExamples`): Inputs and targets.
     """
     fit, held_out = NormalEquations(mlp), NormalEquations(mlp)
@@ -86,7 +86,7 @@ def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
 
 
 def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
-    """What a condensed MLP's down projection sees, `[T, W]`, in the dtype of `x`."""
+    """Compute the input of a condensed MLP's down projection, `[T, W]` in the dtype of `x`."""
     found: list[Tensor] = []
     handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     try:
