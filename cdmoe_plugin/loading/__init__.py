@@ -1,1 +1,1 @@
-"""Checkpoints opened as condensed models, or one layer at a time."""
+"""Loading of sparse checkpoints, as condensed models or one layer at a time."""

@@ -1,7 +1,7 @@
-"""Decoder layers that stay in the checkpoint's own files, where transformers reads each when its weights are needed.
+"""Decoder layers offloaded to the checkpoint's own files, from which each is read when its weights are needed.
 
-accelerate's hooks take a module's weights from a mapping by name. transformers fills that with copies on disk of all
-weights that it converts (which means the experts); the one here needs no copies.
+accelerate's hooks take a module's weights from a mapping by name. transformers fills it with copies on disk of all
+weights that it converts, in particular the experts; the mapping here needs no copies.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..blocks import has_stacked_weights, shrink_experts
 from ..offload import offloading_hooks, release_freed_memory, weight_of, weights_source
 from .tensors import Unread, layer_of, numbered_experts, some_experts, without_experts
 
-# Experts of which the weights are stacked at once.
+# Number of experts that are read and stacked together.
 _AT_ONCE = 8
 
 
 class CheckpointLayers(Mapping[str, Tensor]):
-    """Weights of decoder layers by their names in the model, one layer in memory at a time.
+    """The weights of decoder layers by their names in the model, with one layer in memory at a time.
 
     Args:
-        sketch (`PreTrainedModel`): The model on the meta device; it is filled and emptied again.
+        sketch (`PreTrainedModel`): The model on the meta device, into which each layer is read.
         layers_path (`str`): Name of the list of decoder layers in the model, such as "model.layers".
-        tensors (`dict[str, Unread]`): Those of the checkpoint.
+        tensors (`dict[str, Unread]`): The tensors of the checkpoint.
         load (`Callable`): The model class's `_load_pretrained_model`.
         load_config: transformers' settings for it.
     """
@@ -53,7 +53,7 @@ class CheckpointLayers(Mapping[str, Tensor]):
                 self.tensors.setdefault(layer, {})[key] = tensor
         names = (name for name, _ in sketch.named_parameters())
         self.names = dict.fromkeys(name for name in names if name.startswith(self.prefix))
-        # Weights of layers that lie among those of the whole model on disk (inkling2's queries): these are in memory.
+        # Weights of layers that are not stored with their layer (inkling2's queries), in memory.
         self.elsewhere: dict[str, Tensor] = {}
         self._layer: int | None = None
         self._weights: dict[str, Tensor] = {}
@@ -61,13 +61,13 @@ class CheckpointLayers(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         layer = int(name.removeprefix(self.prefix).partition(".")[0])
         if layer != self._layer:
-            self.release()  # the layer before goes first
+            self.release()  # before the next layer is read
             self._weights = self._read(layer)
             self._layer = layer
         return self._weights[name]
 
     def release(self) -> None:
-        """Lets go of the layer in memory, if there is one; it is read again when it is needed."""
+        """Free the layer in memory, if any; it is read again when needed."""
         self._layer, self._weights = None, {}
         release_freed_memory()
 
@@ -81,13 +81,13 @@ class CheckpointLayers(Mapping[str, Tensor]):
         return len(self.names)
 
     def checkpoint_state(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
-        """The weights of the model under the names of its checkpoint, each a view of a file that is read when used.
+        """Return the model's weights under the names of its checkpoint, as views of files that are read when used.
 
-        Decoder layers that are as they were come from the checkpoint's own files: in memory, and in the other form that
-        the model has of them, they would be there twice.
+        Unchanged decoder layers are taken from the checkpoint's own files: converted from the model's form, they would
+        be in memory twice.
 
         Returns:
-            None where weights have another dtype in the checkpoint.
+            The weights, or None if the checkpoint has another dtype than the model.
         """
         changed = {int(layer) for layer in (getattr(model.config, "condense_config", None) or {})["condensed_layers"]}
         kept = {layer: tensors for layer, tensors in self.tensors.items() if layer not in changed}
@@ -106,8 +106,8 @@ class CheckpointLayers(Mapping[str, Tensor]):
         tensors = self.tensors[layer]
         numbers = numbered_experts(tensors)
         module = self.sketch.get_submodule(f"{self.prefix}{layer}")
-        # A bar for every layer says nothing, and threads would convert several weights at once, each of which takes
-        # twice its memory; transformers has no argument that stops them.
+        # No progress bar for every layer, and no threads: they convert several weights at once, each with twice its
+        # memory, and transformers has no argument to switch them off.
         with no_progress_bars(), patch_environment(HF_DEACTIVATE_ASYNC_LOAD=1):
             whole = self._read_experts(module, tensors, numbers) if numbers else {}
             self.load(self.sketch, without_experts(tensors), None, self.load_config)
@@ -119,9 +119,9 @@ class CheckpointLayers(Mapping[str, Tensor]):
     def _read_experts(
         self, module: nn.Module, tensors: Mapping[str, Unread], numbers: Sequence[int]
     ) -> dict[str, Tensor]:
-        """The stacked weights of experts that lie one by one on disk, a few at a time.
+        """Stack the weights of experts that are stored one by one, a few at a time.
 
-        transformers has all that it stacks in memory twice or more.
+        transformers would need twice the memory of all experts or more.
         """
         path, experts = next((name, m) for name, m in module.named_modules() if has_stacked_weights(m))
         prefix = f"{path}." if path else ""
@@ -143,7 +143,7 @@ class CheckpointLayers(Mapping[str, Tensor]):
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Turns transformers' progress bars off for a while."""
+    """Switch transformers' progress bars off inside the context."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -156,24 +156,24 @@ def no_progress_bars() -> Iterator[None]:
 def load_but_layers(
     model: PreTrainedModel, layers_path: str, tensors: Mapping[str, Unread], load: Any, load_config: Any
 ) -> tuple[Any, CheckpointLayers]:
-    """Loads all of a model but its decoder layers.
+    """Load all weights of a model except those of its decoder layers.
 
     Args:
-        model (`PreTrainedModel`): On the meta device.
+        model (`PreTrainedModel`): The model on the meta device.
         layers_path (`str`), tensors (`dict[str, Unread]`), load, load_config: As for `CheckpointLayers`.
 
     Returns:
-        What transformers tells of the whole checkpoint's keys, and the layers.
+        transformers' loading info on the whole checkpoint, and the layers.
     """
     sketch = copy.deepcopy(model)
-    # On the meta device nothing is read: what is missing or does not fit shows all the same.
+    # On the meta device nothing is read, but missing and mismatched keys are found.
     shapes = {
         key: torch.empty(tensor.shape, dtype=tensor.torch_dtype, device="meta") for key, tensor in tensors.items()
     }
     on_meta = replace(load_config, device_map={"": "meta"}, disk_offload_folder=None)
     with no_progress_bars():
         info, _ = load(sketch, shapes, None, on_meta)
-    # Hooks bring parameters, and no buffers. These may have other names on disk, but nothing that large is one.
+    # Hooks do not load buffers. Their names on disk may differ, so everything that is small enough is loaded.
     saved = sketch.state_dict()
     largest = max((buffer.numel() for name, buffer in sketch.named_buffers() if name in saved), default=0)
     of_layers = {key: part for key, part in tensors.items() if layer_of(key) is not None}
@@ -184,7 +184,7 @@ def load_but_layers(
     found = [(name, p.detach()) for name, p in model.named_parameters() if name.startswith(layers.prefix)]
     layers.elsewhere = {name: weight for name, weight in found if not weight.is_meta}
     load(model, small, None, to_memory)
-    # What saving has to undo is noted by what was converted.
+    # The conversions that saving has to revert.
     model._weight_conversions = sketch._weight_conversions
     return info, layers
 
@@ -194,7 +194,7 @@ def _in_memory(device_map: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bring_from(model: PreTrainedModel, layers: CheckpointLayers) -> None:
-    """Has accelerate's hooks take the weights of decoder layers from where they are."""
+    """Make accelerate's hooks take the weights of decoder layers from the checkpoint."""
     for module in model.modules():
         for hook in offloading_hooks(module):
             weights_source(hook).state_dict = layers

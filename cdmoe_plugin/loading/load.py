@@ -1,8 +1,8 @@
-"""Open sparse checkpoints: as they are, or as condensed models, for which dropped experts are never read.
+"""Loading of sparse checkpoints, unchanged or as condensed models. Dropped experts are never read.
 
-transformers does the loading, with its device maps, dtypes, shards and renamings. It is only given less: in a layer
-that the plan condenses, the model is built with K experts instead of N, and of the checkpoint's expert tensors it sees
-the kept ones. The small sparse blocks are then folded, layer by layer.
+transformers does the loading, with its device maps, dtypes, shards and renamings. In a layer that the plan condenses,
+the model is built with K experts instead of N, and only the kept experts' tensors are passed to transformers. The
+small sparse blocks are then folded, layer by layer.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .tensors import unread_tensors
 
 
 def opens_in_part(plan: CondensePlan) -> bool:
-    """Tell whether `load_condensed` takes a plan; where decoder layers go, the whole model is read and checked."""
+    """Return whether `load_condensed` supports a plan. To drop decoder layers, the whole model is read and checked."""
     return isinstance(FORMS[plan.form], Replacing)
 
 
 def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> PreTrainedModel:
-    """Open a sparse checkpoint and condense it as a plan says, reading only what the condensed model needs.
+    """Open a sparse checkpoint condensed by a plan, reading only the weights that the condensed model needs.
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
-        plan (`CondensePlan`): A plan that `opens_in_part`.
+        plan (`CondensePlan`): A plan for which `opens_in_part` is true.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
-        ValueError: if the plan does not fit the model; before any weight is read.
+        ValueError: if the plan does not fit the model. No weight has been read then.
     """
     sketch, blocks = sketch_model(path, model_kwargs)
     plan = plan.for_model(model_shape(sketch, blocks))
@@ -66,11 +66,13 @@ def load_condensed(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: 
 
 
 def load_sparse(path: str | os.PathLike, sketch: PreTrainedModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Open a sparse checkpoint as it is.
+    """Open a sparse checkpoint unchanged.
 
     Args:
+        path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
         sketch (`PreTrainedModel`): The same model on the meta device.
-        model_kwargs (`dict`): For `from_pretrained`; with an `offload_folder` alone, decoder layers stay on disk.
+        model_kwargs (`dict`): For `from_pretrained`. With an `offload_folder` and no `device_map`, decoder layers stay
+            on disk.
 
     Raises:
         ValueError: if the checkpoint lacks weights.
@@ -106,14 +108,14 @@ def _open(
 
 
 def _layers_path(sketch: PreTrainedModel) -> str:
-    """Name of the list of decoder layers in the whole model, such as "model.layers"."""
+    """Return the name of the list of decoder layers in the whole model, such as "model.layers"."""
     in_base = layers_path(find_sparse_blocks(sketch))
     layers = sketch.base_model.get_submodule(in_base)
     return next(name for name, module in sketch.named_modules() if module is layers)
 
 
 def layers_on_disk(sketch: PreTrainedModel, layers_path: str) -> dict[str, str | int]:
-    """A device map with all decoder layers on disk, and the rest where they compute: on a GPU if there is one."""
+    """Make a device map with all decoder layers on disk and the rest on the GPU, or on the CPU without one."""
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
     device_map: dict[str, str | int] = {}
     for name, module in sketch.named_modules():
@@ -127,7 +129,7 @@ def layers_on_disk(sketch: PreTrainedModel, layers_path: str) -> dict[str, str |
 
 
 def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where a checkpoint is found, for its config and tokenizer."""
+    """Select the arguments of `from_pretrained` that locate a checkpoint, for its config and tokenizer."""
     names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code", "subfolder")
     return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
@@ -137,7 +139,7 @@ def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple
 
     Args:
         path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint.
-        model_kwargs (`dict`): Arguments of `from_pretrained`; with a `dtype`, the model has it.
+        model_kwargs (`dict`): Arguments of `from_pretrained`, such as the `dtype` of the model.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
@@ -152,41 +154,41 @@ def sketch_model(path: str | os.PathLike, model_kwargs: dict[str, Any]) -> tuple
     if isinstance(dtype, str) and dtype != "auto":
         name, dtype = dtype, getattr(torch, dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"`dtype` is {name!r}, which is no dtype of torch: use 'auto', 'bfloat16' or the like.")
+            raise ValueError(f"`dtype` is {name!r}, which is not a dtype of torch: use 'auto', 'bfloat16' or similar.")
     if isinstance(dtype, torch.dtype):
         sketch.to(dtype)
     return sketch, find_sparse_blocks(sketch)
 
 
 def open_blocks(model: PreTrainedModel) -> list[SparseBlock]:
-    """Find the sparse blocks of a loaded model, and check that their weights can be read and computed with.
+    """Find the sparse blocks of a loaded model, and check that its weights are accessible.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
-        ValueError: if it is no loaded model, condensed already or quantised, or if weights are on the meta device.
+        ValueError: if it is not a loaded model, is condensed already or quantised, or has weights on the meta device.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model "
-            "(PEFT, DDP), pass the one inside."
+            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}. If it wraps a model (PEFT, "
+            "DDP), pass the model inside."
         )
     refuse_condensed(model)
     refuse_quantised(getattr(model, "hf_quantizer", None))
     blocks = find_sparse_blocks(model)
-    nowhere = unreachable(model)
-    if nowhere:
+    missing = unreachable(model)
+    if missing:
         raise ValueError(
-            f"{len(nowhere)} weights of the model are on the meta device, such as {nowhere[0]}: load it from a "
+            f"{len(missing)} weights of the model are on the meta device, such as {missing[0]}: load it from a "
             "checkpoint, with `device_map` and `offload_folder` if it is larger than memory."
         )
     return blocks
 
 
 def check_whole(model: PreTrainedModel, loading_info: Any) -> None:
-    """Check that all weights of a model that `from_pretrained` returned came from the checkpoint.
+    """Check that all weights of a model returned by `from_pretrained` came from the checkpoint.
 
     Raises:
-        ValueError: naming weights that transformers made up, for it only warns.
+        ValueError: naming newly initialised weights, about which transformers only warns.
     """
     lost = {str(key) for key in loading_info.get("missing_keys", ())}
     lost |= {str(key[0]) for key in loading_info.get("mismatched_keys", ())}
@@ -202,9 +204,9 @@ def _loader_class(
     layers_path: str | None,
     layers: list[CheckpointLayers],
 ) -> type[PreTrainedModel]:
-    """The base class with fewer experts in condensed layers, which reads as many from the checkpoint.
+    """Make a subclass of the base class that builds and reads only the kept experts of condensed layers.
 
-    With a `layers_path`, it reads no decoder layer, and adds to `layers` where they are.
+    With a `layers_path`, it does not read decoder layers, but adds them to `layers`.
     """
 
     def init(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -216,7 +218,7 @@ def _loader_class(
     def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any) -> Any:
         if files is not None:
             if not all(str(file).endswith(".safetensors") for file in files):
-                raise ValueError("With a plan, only checkpoints in safetensors are read: others can't be read in part.")
+                raise ValueError("With a plan, the checkpoint should be in safetensors, which is read in part.")
             state_dict, files = unread_tensors(files, kept, counts), None
             if layers_path is not None:
                 info, found = load_but_layers(model, layers_path, state_dict, base._load_pretrained_model, load_config)
@@ -224,6 +226,6 @@ def _loader_class(
                 return info, {}
         return base._load_pretrained_model(model, state_dict, files, load_config, *args)
 
-    # Under the base's own name and module, transformers treats it as the class that it is.
+    # With the base's name and module, transformers treats it as the base class.
     namespace = {"__module__": base.__module__, "__init__": init, "_load_pretrained_model": staticmethod(load)}
     return type(base.__name__, (base,), namespace)

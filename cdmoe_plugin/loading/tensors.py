@@ -1,4 +1,4 @@
-"""Tensors in a checkpoint's safetensors files that have not been read yet."""
+"""Tensors in a checkpoint's safetensors files, read on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
-# On disk an expert has its own tensors ("...layers.3.mlp.experts.17.up_proj.weight", whatever the names around the
+# On disk, an expert has its own tensors ("...layers.3.mlp.experts.17.up_proj.weight", with varying names around the
 # numbers), or all experts of a layer share one.
 _LAYER = r"(?:^|\.)(?:layers|blocks|h)\.(?P<layer>\d+)\."
 _ONE_EXPERT = re.compile(_LAYER + r".*?\.experts\.(?P<expert>\d+)\.")
@@ -22,9 +22,9 @@ _IN_LAYER = re.compile(_LAYER)
 
 @dataclass(frozen=True)
 class Unread:
-    """A tensor in a safetensors file, or some rows of it, read when asked for, as a safetensors slice is.
+    """A tensor in a safetensors file, or some rows of it, read when indexed, as a slice of safetensors.
 
-    The file is open only then: what has been read of a file that stays open counts as memory in use.
+    The file is open only then: the pages read from an open file count as memory in use.
     """
 
     file: str
@@ -54,13 +54,13 @@ class Unread:
 
 
 def numbered_experts(tensors: Mapping[str, Unread]) -> list[int]:
-    """The experts that have tensors of their own among those of a layer; none where they share one."""
+    """List the experts of a layer that have tensors of their own; none if they share one."""
     matches = (_ONE_EXPERT.search(key) for key in tensors)
     return sorted({int(match["expert"]) for match in matches if match})
 
 
 def some_experts(tensors: Mapping[str, Unread], experts: Sequence[int]) -> dict[str, Unread]:
-    """The tensors of some experts of a layer, renumbered from 0."""
+    """Select the tensors of some experts of a layer, renumbered from 0."""
     found = {}
     for key, tensor in tensors.items():
         match = _ONE_EXPERT.search(key)
@@ -71,14 +71,20 @@ def some_experts(tensors: Mapping[str, Unread], experts: Sequence[int]) -> dict[
 
 
 def without_experts(tensors: Mapping[str, Unread]) -> dict[str, Unread]:
-    """The tensors that belong to no single expert."""
+    """Select the tensors that do not belong to a single expert."""
     return {key: tensor for key, tensor in tensors.items() if _ONE_EXPERT.search(key) is None}
 
 
 def unread_tensors(
     files: Sequence[str], kept: Mapping[int, Sequence[int]], counts: Mapping[int, int]
 ) -> dict[str, Any]:
-    """All tensors of a checkpoint that the condensed model needs, unread, experts renumbered."""
+    """List the tensors of a checkpoint that the condensed model needs, with renumbered experts.
+
+    Args:
+        files (`Sequence[str]`): Safetensors files.
+        kept (`Mapping[int, Sequence[int]]`): The kept experts of condensed layers, by decoder layer.
+        counts (`Mapping[int, int]`): Numbers of experts by decoder layer.
+    """
     tensors: dict[str, Any] = {}
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as handle:
@@ -104,13 +110,13 @@ def unread_tensors(
 
 
 def _slices(handle: Any) -> list[tuple[str, Any]]:
-    return [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118  (the handle is no dict)
+    return [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118  (the handle is not a dict)
 
 
 def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
-    """Whether a tensor on disk holds all experts: matrices `[N, a, b]`, or `[N*a, b]`, one on top of the other.
+    """Return whether a tensor on disk stacks all experts, as `[N, a, b]` or `[N*a, b]`.
 
-    Convolutions have three dimensions, too, and an attention may be a mixture of experts itself (jetmoe).
+    Convolutions also have three dimensions, and attention may be a mixture of experts itself (jetmoe).
     """
     if "attention" in key:
         return False
@@ -120,6 +126,6 @@ def _is_stack(key: str, shape: Sequence[int], count: int) -> bool:
 
 
 def layer_of(key: str) -> int | None:
-    """The decoder layer that a tensor on disk belongs to; None for what belongs to none."""
+    """Return the decoder layer of a tensor on disk; None for tensors outside of the layers."""
     match = _IN_LAYER.search(key)
     return int(match["layer"]) if match else None

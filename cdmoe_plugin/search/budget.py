@@ -1,4 +1,4 @@
-"""A total of kept experts for all condensed layers together, in experts, in their parameters or in bytes."""
+"""A budget of kept experts for all condensed layers together, in experts, parameters or bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import CondenseConfig
 from ..plan import CondensePlan
 from ..sizes import Unit, read_budget
 
-# How many times the average a layer may get: what the expert search computes orders for.
+# The expert search orders this many times the average number of experts per layer.
 _DEPTH = 3
 
 
@@ -20,11 +20,11 @@ class LayerBudget:
     """An expert budget on the layers of a model that may be condensed.
 
     Args:
-        amount (`int`): What may be kept in all condensed layers together, in `unit`.
+        amount (`int`): Total for all condensed layers together, in `unit`.
         unit (`str`): "experts", "parameters" or "bytes".
-        costs (`dict[int, int]`): What one routed expert of each candidate layer costs, in `unit`.
-        sizes (`dict[int, int]`): Routed experts of each candidate layer.
-        num_layers (`int`): How many of the candidates will be condensed.
+        costs (`dict[int, int]`): Cost of one routed expert in `unit`, by candidate layer.
+        sizes (`dict[int, int]`): Number of routed experts by candidate layer.
+        num_layers (`int`): Number of candidates that will be condensed.
     """
 
     amount: int
@@ -35,7 +35,7 @@ class LayerBudget:
 
     @classmethod
     def of(cls, config: CondenseConfig, blocks: Sequence[SparseBlock]) -> LayerBudget | None:
-        """The budget that a config means on a model's sparse blocks; None where it asks for one K for all layers."""
+        """Make the budget of a config for a model's sparse blocks; None if the config has one K for all layers."""
         if config.num_experts != "auto":
             return None
         amount, unit = read_budget(config.expert_budget)
@@ -46,16 +46,16 @@ class LayerBudget:
 
     @property
     def uniform(self) -> int:
-        """The largest K of which every choice of layers fits into the budget."""
-        return self.amount // self._dearest(self.costs.values())
+        """The largest K with which every choice of layers fits into the budget."""
+        return self.amount // self._highest_sum(self.costs.values())
 
     def depth(self, layer: int) -> int:
-        """How many experts of a layer are worth ordering: three times the average, as far as one layer can pay."""
-        average = -(-self.amount // self._dearest(self.costs.values()))
+        """Return the number of a layer's experts to order: three times the average, at most what the budget allows."""
+        average = -(-self.amount // self._highest_sum(self.costs.values()))
         return min(_DEPTH * average, self.amount // self.costs[layer], self.sizes[layer])
 
     def even(self, layers: Sequence[int]) -> dict[int, int]:
-        """The most experts of these layers that fit, one for each in turn."""
+        """Spend the budget on these layers evenly, one expert for each in turn."""
         kept, left = dict.fromkeys(layers, 0), self.amount
         while open_layers := [i for i in layers if kept[i] < self.sizes[i] and self.costs[i] <= left]:
             for layer in open_layers:
@@ -65,27 +65,27 @@ class LayerBudget:
         return kept
 
     def check(self) -> None:
-        """Checks that the layers have as much as the budget.
+        """Check that the budget is not larger than the layers.
 
         Raises:
-            ValueError: naming the field, what was asked for and what there is.
+            ValueError: naming the field, its value and the model's.
         """
-        there = self._dearest([self.costs[layer] * size for layer, size in self.sizes.items()])
-        if self.amount > there:
+        total = self._highest_sum([self.costs[layer] * size for layer, size in self.sizes.items()])
+        if self.amount > total:
             raise ValueError(
                 f"`expert_budget` is {self.amount:,} {self.unit}, but all routed experts of {self.num_layers} layers "
-                f"are {there:,} {self.unit}."
+                f"are {total:,} {self.unit}."
             )
 
-    def _dearest(self, each: Iterable[int]) -> int:
-        """The sum over those `num_layers` candidates for which it is the largest."""
+    def _highest_sum(self, each: Iterable[int]) -> int:
+        """Compute the highest sum over `num_layers` candidates."""
         return sum(sorted(each)[-self.num_layers :])
 
 
 def experts_per_layer(
     request: CondensePlan | CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]
 ) -> dict[int, int]:
-    """Count the experts that each of these layers keeps; before a search, a budget counts as spent in full."""
+    """Count the experts that each of these layers keeps. Before a search, assume that a budget is spent evenly."""
     if isinstance(request, CondensePlan):
         numbers = {row.layer: len(row.experts) for row in request.layers}
         return {layer: numbers[layer] for layer in layers}
@@ -102,6 +102,6 @@ def _cost(block: SparseBlock, unit: Unit) -> int:
     if unit == "experts":
         return 1
     weights = block.pieces([0], [1.0])[-1].weights
-    own = (*weights.matrices, weights.gate_bias, weights.up_bias)  # down biases become one
+    own = (*weights.matrices, weights.gate_bias, weights.up_bias)  # down biases are summed to one
     size = sum(part.numel() for part in own if part is not None)
     return size * block.dtype.itemsize if unit == "bytes" else size

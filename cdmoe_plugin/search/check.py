@@ -1,4 +1,4 @@
-"""Check a request against the methods that exist and against a model."""
+"""Checks of a request against the existing methods and against a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_methods(config: CondenseConfig) -> None:
-    """Check that every method a config names is registered, and that they go together.
+    """Check that every method of a config is registered, and that they can be combined.
 
     Raises:
         ValueError: naming the field and the methods that exist, or the two fields that contradict each other.
@@ -33,16 +33,16 @@ def check_methods(config: CondenseConfig) -> None:
     if trims and config.num_experts == "auto":
         raise ValueError(f"`num_experts` is 'auto', but with `form={config.form!r}` no experts are kept.")
     if trims and config.refit is not None:
-        raise ValueError(f"`refit` is {config.refit!r}, but with `form={config.form!r}` nothing is left to fit.")
+        raise ValueError(f"`refit` is {config.refit!r}, but with `form={config.form!r}` there is nothing to fit.")
     if trims and config.layer_selection == "local":
         raise ValueError(
-            "`layer_selection='local'` ranks layers by what their search of experts measured, and "
-            f"`form={config.form!r}` has none: choose another one of the two."
+            "`layer_selection='local'` ranks layers by the divergence from their expert search, but with "
+            f"`form={config.form!r}` there is none: change one of the two."
         )
     if config.layer_selection == "local" and config.metric in MODEL_METRICS:
         raise ValueError(
             f"`layer_selection='local'` compares each layer's own output, but `metric={config.metric!r}` is defined on "
-            "the output of the whole model only: choose another one of the two."
+            "the output of the whole model only: change one of the two."
         )
 
 
@@ -50,7 +50,7 @@ def check_request(request: CondensePlan | CondenseConfig, model: PreTrainedModel
     """Check that a plan, or any plan that a search by a config may find, can be applied to a model.
 
     Args:
-        request (`CondensePlan` or `CondenseConfig`): What to condense.
+        request (`CondensePlan` or `CondenseConfig`): The plan, or the config of a search.
         model (`PreTrainedModel`): A sparse model, which may be on the meta device.
         blocks (`list[SparseBlock]`): Its sparse blocks.
 
@@ -68,16 +68,18 @@ def check_request(request: CondensePlan | CondenseConfig, model: PreTrainedModel
 
 
 def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
-    """Check numbers of layers and experts against a model.
+    """Check a config's numbers of layers and experts against a model.
 
     Raises:
-        ValueError: naming the field, what was asked for and what there is.
+        ValueError: naming the field, its value and the model's.
     """
     sparse = [block.layer for block in blocks]
     if config.layers is not None:
         wrong = [layer for layer in config.layers if layer not in sparse]
         if wrong:
-            raise ValueError(f"`layers` names {wrong}, which are no sparse decoder layers; sparse are {sparse}.")
+            raise ValueError(
+                f"`layers` names {wrong}, which are not sparse decoder layers; the sparse layers are {sparse}."
+            )
     elif config.num_layers > len(sparse):
         raise ValueError(
             f"`num_layers` is {config.num_layers}, but the model has {len(sparse)} sparse layers: {sparse}."
@@ -96,12 +98,12 @@ def check_config(config: CondenseConfig, blocks: list[SparseBlock]) -> None:
 
 
 def warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
-    """Warn where a config asks for something else than the plan that is given beside it, which decides."""
+    """Warn if a config contradicts the plan that is given with it, and that overrides it."""
     if config.form != plan.form:
-        logger.warning(f"The plan decides: its form is {plan.form!r}, not the config's {config.form!r}.")
+        logger.warning(f"The plan overrides the config: its form is {plan.form!r}, not {config.form!r}.")
     if not FORMS[plan.form].keeps_experts:
         if config.num_layers != len(plan.layers):
-            logger.warning(f"The plan decides: {len(plan.layers)} layers, not the config's {config.num_layers}.")
+            logger.warning(f"The plan overrides the config: {len(plan.layers)} layers, not {config.num_layers}.")
         return
     experts = max(len(layer.experts) for layer in plan.layers)
     if config.num_experts == "auto":
@@ -111,6 +113,6 @@ def warn_of_disagreement(config: CondenseConfig, plan: CondensePlan) -> None:
         agree = all(len(layer.experts) == config.num_experts for layer in plan.layers)
     if not agree or config.num_layers != len(plan.layers):
         logger.warning(
-            f"The plan decides: {len(plan.layers)} layers with up to {experts} experts, not the config's "
+            f"The plan overrides the config: {len(plan.layers)} layers with up to {experts} experts, not "
             f"{config.num_layers} and {config.num_experts!r}. For fewer, use `plan.truncate`."
         )

@@ -1,4 +1,4 @@
-"""One search on one model: experts of every candidate layer, then the order of layers."""
+"""The search for a plan: the experts of every candidate layer, then the order of layers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ logger = logging.get_logger(__name__)
 
 
 class PlanSearch:
-    """One search on one model: the decoder layer by layer on the calibration tokens.
+    """A search for a plan on one model, which runs its decoder layer by layer on the calibration tokens.
 
     Args:
-        model (`PreTrainedModel`): The sparse model, see `searching`.
-        config (`CondenseConfig`): How to search.
-        blocks (`list[SparseBlock]`): All of the model's sparse blocks.
-        calibration (`Calibration`): Tokens to search on.
-        state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come.
+        model (`PreTrainedModel`): The sparse model, in eval mode (see `searching`).
+        config (`CondenseConfig`): The settings of the search.
+        blocks (`list[SparseBlock]`): All sparse blocks of the model.
+        calibration (`Calibration`): The calibration tokens.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder for the results so far, to resume from.
         accelerator (`Accelerator` or `PartialState`, *optional*): Processes that share the calibration batches.
     """
 
@@ -76,10 +76,10 @@ class PlanSearch:
         ]
 
     def experts(self) -> dict[int, ChosenExperts]:
-        """Search the experts of every candidate layer, with inputs from the unmodified model; return them with gates.
+        """Search the experts of every candidate layer, on inputs from the unmodified model; return them with gates.
 
-        Where the form keeps no experts, none are searched. With an expert budget, the order is longer than the budget
-        pays for in every layer.
+        None are searched if the form keeps no experts. With an expert budget, the orders have more experts than it
+        allows for every layer.
         """
         if not self.form.keeps_experts:
             return {layer: (ExpertOrder([], []), {}) for layer in self.blocks}
@@ -108,7 +108,7 @@ class PlanSearch:
         return (order, {expert: float(data.gates[expert]) for expert in order.experts}), outputs
 
     def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
-        """Choose layers, each with these experts, or the first of them that a budget pays for in every layer."""
+        """Choose layers, each with these experts; with a budget, with the first K that it allows for every layer."""
         if self.config.layers is not None:
             return LayerOrder(self.config.layers, [])
         select = LAYER_SELECTIONS.of(self.config)
@@ -118,7 +118,7 @@ class PlanSearch:
     def spread(
         self, experts: dict[int, ChosenExperts], order: LayerOrder
     ) -> tuple[dict[int, ChosenExperts], LayerOrder]:
-        """Spread an expert budget over the chosen layers; without one, these keep all experts that were searched."""
+        """Spread an expert budget over the chosen layers. Without one, they keep all searched experts."""
         return (experts, order) if self.budget is None else spread_budget(self._variants, self.budget, experts, order)
 
     def plan(self, experts: Mapping[int, ChosenExperts], order: LayerOrder) -> CondensePlan:
@@ -178,16 +178,16 @@ class PlanSearch:
         return data, outputs
 
     def _number(self, data: SparseLayerData) -> int:
-        """How many experts of a layer are put in order."""
+        """Return the number of experts of a layer to put in order."""
         available = len(data.candidates)
         if self.budget is not None:
             return min(self.budget.depth(data.block.layer), available)
         assert isinstance(self.config.num_experts, int)
         if available < self.config.num_experts:
             raise ValueError(
-                f"Decoder layer {data.block.layer}: only {available} of {data.block.num_experts} experts were chosen "
-                f"by any calibration token, so {self.config.num_experts} can't be kept (an expert that no token chose "
-                "has no mean gate). Use more calibration data or a smaller `num_experts`."
+                f"`num_experts` is {self.config.num_experts}, but the calibration tokens chose only {available} of the "
+                f"{data.block.num_experts} experts of decoder layer {data.block.layer}, and the others have no mean "
+                "gate. Use more calibration data or a smaller `num_experts`."
             )
         return self.config.num_experts
 
@@ -198,7 +198,7 @@ def _kept(layer: int, chosen: ChosenExperts) -> CondensedLayer:
 
 
 def _order_from_dict(values: Any) -> ChosenExperts:
-    """A layer's experts and gates as a search state keeps them."""
+    """Read a layer's experts and gates from a search state."""
     layer = CondensedLayer.from_dict(
         {"layer": 0, "experts": values["experts"], "gates": values["gates"], "expert_scores": values["scores"]},
         "search state",

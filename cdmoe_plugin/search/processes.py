@@ -1,4 +1,4 @@
-"""Several processes that share one search: each works on some of the calibration batches, and all know the sums."""
+"""The processes that share a search: each works on some of the calibration batches, and all get the sums."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a search; a single one where there is no accelerator.
+    """The processes of a search; a single one without an accelerator.
 
-    Sums are over batches, in the order of the batches, wherever each was computed: one process and several give the
-    same result to the last bit.
+    Sums are over batches in a fixed order, so results are bitwise equal for any number of processes.
 
     Args:
-        accelerator (`Accelerator` or `PartialState`, *optional*): Of `accelerate launch`; every process must take part
-            in the search.
-        num_batches (`int`): Calibration batches of all processes together.
+        accelerator (`Accelerator` or `PartialState`, *optional*): The processes of `accelerate launch`, all of which
+            must take part in the search.
+        num_batches (`int`): Number of calibration batches of all processes together.
 
     Raises:
         ValueError: if there are fewer batches than processes.
@@ -46,14 +45,14 @@ class Processes:
         return self.index == 0
 
     def mine(self, batches: Sequence[T]) -> list[T]:
-        """The batches that this process works on."""
+        """Select the batches of this process."""
         return list(batches[self.index :: self.count])
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum over all batches, float64, in every process.
+        """Compute the sum over the batches of all processes, float64, in every process.
 
         Args:
-            parts (`Sequence[Tensor]`): One tensor for each of this process's batches, in their order, of one shape.
+            parts (`Sequence[Tensor]`): Tensors of one shape, one for each of this process's batches, in their order.
         """
         device = parts[0].device if self.accelerator is None else self.accelerator.device
         stacked = torch.stack([part.detach().to(device, torch.float64) for part in parts])
@@ -69,7 +68,7 @@ class Processes:
         return stacked.sum(0)
 
     def agreed(self, value: T) -> T:
-        """The main process's value, in every process; it must be JSON-like."""
+        """Return the main process's value, which must be JSON-like, in every process."""
         if self.accelerator is None:
             return value
         from accelerate.utils import broadcast_object_list

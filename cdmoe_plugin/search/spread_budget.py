@@ -1,4 +1,4 @@
-"""An expert budget, spread over the condensed layers where it gains most, if the model's output agrees."""
+"""An expert budget, spread over the condensed layers so that each expert goes where it helps most."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ChosenExperts = tuple[ExpertOrder, dict[int, float]]
 
 
 def uniformly(budget: LayerBudget, experts: Mapping[int, ChosenExperts]) -> dict[int, ChosenExperts]:
-    """The budget's K of the experts of each layer, or all where there are fewer."""
+    """Keep the same number of experts in each layer, the largest that the budget allows; all if there are fewer."""
     return {layer: keep_first(found, budget.uniform) for layer, found in experts.items()}
 
 
 def keep_first(found: ChosenExperts, number: int) -> ChosenExperts:
-    """The first experts of an order, or all where there are fewer."""
+    """Keep the first experts of an order; all if there are fewer."""
     order, gates = found
     experts = order.experts[:number]
     kept = ExpertOrder(experts, order.scores[: number + 1], order.steps[:number])
@@ -38,20 +38,20 @@ def spread_budget(
     experts: Mapping[int, ChosenExperts],
     order: LayerOrder,
 ) -> tuple[dict[int, ChosenExperts], LayerOrder]:
-    """Give each chosen layer its own number of experts, or all the same where that brings the model's output nearer.
+    """Choose a number of experts for each chosen layer, or the same number for all if that gives a better output.
 
-    Both are measured on the calibration data, so the result is never worse there than the same K for all.
+    Both are measured on the calibration data, so the result is never worse there than the same K for all layers.
 
     Args:
-        variants (`Callable`): Gives the model with layers condensed to some experts, and takes the name under which
-            its divergences are kept.
-        budget (`LayerBudget`): What may be kept.
-        experts (`dict[int, ChosenExperts]`): Longer orders of experts than the budget pays for in every layer.
+        variants (`Callable`): Returns the model with layers condensed to given experts; its second argument names the
+            divergences in the search state.
+        budget (`LayerBudget`): The budget.
+        experts (`dict[int, ChosenExperts]`): Orders with more experts than the budget allows for every layer.
         order (`LayerOrder`): The chosen layers, with the divergences of the model's output at the uniform K, along
-            the order and of each layer alone. Those that it lacks are measured.
+            the order and of each layer alone. Missing divergences are measured.
 
     Returns:
-        The experts that each chosen layer keeps, and the order with the divergences that belong to them.
+        The experts that each chosen layer keeps, and the order with their divergences.
     """
     layers = order.layers
     scores, alone = order.scores or None, order.rounds[0] if order.rounds else None
@@ -70,6 +70,6 @@ def spread_budget(
     better = measured[-1] < scores[-1]
     logger.info(
         f"Experts by layer {kept}: divergence {measured[-1]:.3e}, against {scores[-1]:.3e} with {budget.uniform} in "
-        f"each; {'the former' if better else 'the latter'} is kept."
+        f"each. The {'former' if better else 'latter'} is kept."
     )
     return (chosen, replace(order, scores=measured)) if better else (uniform, replace(order, scores=scores))

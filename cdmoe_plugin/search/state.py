@@ -1,4 +1,4 @@
-"""What a search has found so far, on disk, so that one that is interrupted goes on where it was."""
+"""The state of a search on disk, from which an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .processes import Processes
 
 VERSION = 2
 FILE = "search_state.json"
-# Values of each weight that go into a model's fingerprint: enough to tell checkpoints apart, cheap for 16 billion.
+# Values of each weight in a model's fingerprint: enough to distinguish checkpoints, cheap for 16 billion parameters.
 _SAMPLED_VALUES = 64
 
 
 class SearchState(MutableMapping[str, Any]):
-    """Results by name, in one JSON file that is replaced at once whenever a result comes in.
+    """The results of a search by name, in one JSON file that is replaced atomically with each new result.
 
     Args:
-        folder (`str` or `os.PathLike`, *optional*): Where the file lies; None keeps nothing on disk.
-        fingerprint (`dict[str, str]`): What the results belong to, see `fingerprint`.
-        num_experts (`dict[int, int]`, *optional*): Routed experts of each layer that is searched.
-        processes (`Processes`, *optional*): Who works on the search. The main process alone reads and writes the file.
+        folder (`str` or `os.PathLike`, *optional*): Folder of the file; nothing is written if None.
+        fingerprint (`dict[str, str]`): Identity of the search, see `fingerprint`.
+        num_experts (`dict[int, int]`, *optional*): Numbers of routed experts by searched layer.
+        processes (`Processes`, *optional*): The processes of the search. Only the main process uses the file.
 
     Raises:
-        ValueError: if the folder holds the state of another search (naming what differs), or no valid state: one that
-            is broken, was edited, or names layers or experts that are not there.
+        ValueError: if the folder has the state of another search (naming the difference), or a state that is broken,
+            was edited, or names layers or experts that do not exist.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SearchState(MutableMapping[str, Any]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self.results = self._read(self.path)
-        # All go on from the same place.
+        # All processes resume from the same results.
         self.results = processes.agreed(self.results)
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -71,22 +71,22 @@ class SearchState(MutableMapping[str, Any]):
             if not isinstance(found, dict) or not isinstance(results, dict):
                 raise ValueError("its fingerprint and its results should be objects")
             if state["checksum"] != _checksum(found, results):
-                raise ValueError("its checksum is that of another content")
+                raise ValueError("its checksum does not match its contents")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no valid search state ({error}): delete it to start anew.") from error
+            raise ValueError(f"{path} is not a valid search state ({error}): delete it to start again.") from error
         different = sorted(
             name for name in {*self.fingerprint, *found} if found.get(name) != self.fingerprint.get(name)
         )
         if different:
             raise ValueError(
                 f"{path} belongs to another search: its {' and '.join(different)} differ. Use another `state_dir`, or "
-                "delete it to start anew."
+                "delete it to start again."
             )
         try:
             for name, result in results.items():
                 _check_result(name, result, self.num_experts)
         except ValueError as error:
-            raise ValueError(f"{path} is no valid search state ({error}): delete it to start anew.") from error
+            raise ValueError(f"{path} is not a valid search state ({error}): delete it to start again.") from error
         return results
 
     def __getitem__(self, name: str) -> Any:
@@ -96,7 +96,7 @@ class SearchState(MutableMapping[str, Any]):
         self.update({name: value})
 
     def update(self, results: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Keeps several results at once: all of them, or none if it is interrupted."""
+        """Add several results in one step: all of them, or none if it is interrupted."""
         self.results.update(results)
         if self.path is not None:
             checksum = _checksum(self.fingerprint, self.results)
@@ -118,28 +118,28 @@ def _checksum(fingerprint: dict[str, str], results: dict[str, Any]) -> str:
 
 
 def _check_result(name: str, result: Any, num_experts: Mapping[int, int]) -> None:
-    """Checks one result: the experts of a layer, by the name "experts <layer>", or else a divergence."""
+    """Check one result: the experts of a layer, under the name "experts <layer>", or a divergence."""
     kind, _, layer = name.partition(" ")
     if kind != "experts":
         read_real(result, name)
         return
     if layer not in map(str, num_experts):
-        raise ValueError(f"`{name}` is about a layer that is not searched")
+        raise ValueError(f"`{name}` is the result of a layer that is not searched")
     if not isinstance(result, dict) or set(result) != {"experts", "scores", "gates"} or result["scores"] is None:
         raise ValueError(f"`{name}` should hold experts, scores and gates")
     order = {"layer": int(layer), "experts": result["experts"], "gates": result["gates"]}
     experts = CondensedLayer.from_dict({**order, "expert_scores": result["scores"]}, name).experts
-    there = num_experts[int(layer)]
-    if any(expert >= there for expert in experts):
-        raise ValueError(f"`{name}` names experts {experts} of {there}, which are numbered from 0")
+    total = num_experts[int(layer)]
+    if any(expert >= total for expert in experts):
+        raise ValueError(f"`{name}` names experts {experts}, but should name experts from 0 to {total - 1}")
 
 
 def fingerprint(model: PreTrainedModel, config: CondenseConfig, calibration: str) -> dict[str, str]:
-    """What a search's results belong to: the model's config and weights, the search's config, the calibration tokens.
+    """Compute the identity of a search: fingerprints of the model's weights, the config and the calibration tokens.
 
     Args:
-        model (`PreTrainedModel`): Of each weight, shape, dtype and evenly spaced values are taken.
-        config (`CondenseConfig`): All of it but `cache_memory`, which changes no result.
+        model (`PreTrainedModel`): The model: shape, dtype and evenly spaced values of each weight.
+        config (`CondenseConfig`): The config, except `cache_memory`, which does not change results.
         calibration (`str`): `Calibration.fingerprint`.
     """
     digest = hashlib.sha256(type(model).__name__.encode())

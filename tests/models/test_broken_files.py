@@ -156,7 +156,7 @@ def test_any_file_as_a_state(searched: Searched, noise: bytes) -> None:
 UNUSABLE = [
     ("experts 2", {}, "should hold experts, scores and gates"),
     ("experts 2", 0.5, "should hold experts, scores and gates"),
-    ("experts 2", {"experts": [8, 1]}, r"names experts \[8, 1\] of 8"),
+    ("experts 2", {"experts": [8, 1]}, r"names experts \[8, 1\], but should name experts from 0 to 7"),
     ("experts 2", {"experts": [-1, 1]}, "whole number of at least 0"),
     ("experts 2", {"experts": [1, 1]}, "more than once"),
     ("experts 2", {"experts": [1]}, "1 experts but 2 gates"),

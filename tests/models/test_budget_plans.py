@@ -95,7 +95,7 @@ def test_a_plan_that_is_not_what_the_config_says(monkeypatch: pytest.MonkeyPatch
     for config, warned in ((AUTO, False), (replace(AUTO, expert_budget=7), True), (CondenseConfig(num_layers=3), True)):
         warnings.clear()
         condense_pretrained(copy.deepcopy(model), config, plan=plan)
-        assert [text for text in warnings if "The plan decides" in text] == warnings
+        assert [text for text in warnings if "The plan overrides" in text] == warnings
         assert bool(warnings) == warned
 
 

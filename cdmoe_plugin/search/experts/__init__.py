@@ -1,5 +1,5 @@
-"""Expert selection: which routed experts a condensed layer keeps, by Algorithm 1 or by one of its alternatives.
+"""Expert selection: the choice of the routed experts that a layer keeps, by Algorithm 1 or one of its alternatives.
 
-Only candidates may be kept, that is experts that a calibration token chose. Every order is nested: the choice for
-K - 1 experts is the beginning of that for K.
+Only candidates may be kept: experts that were chosen by at least one calibration token. Every order is nested: the
+choice of K - 1 experts is the beginning of that of K.
 """

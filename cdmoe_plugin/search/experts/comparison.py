@@ -1,4 +1,4 @@
-"""How far a sparse layer's output moves when only some of its experts are kept."""
+"""The divergence of a sparse layer's output when only some of its experts are kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .data import SparseLayerData
 
 logger = logging.get_logger(__name__)
 
-# Expert outputs are computed for so many numbers at a time, and candidates compared for so many: the second is small
-# enough for a CPU's cache, and large enough for a GPU.
+# Elements of expert outputs that are computed at a time, and of candidates that are compared at a time: small enough
+# for a CPU's cache, and large enough for a GPU.
 _COMPUTE_ELEMENTS = 2**26
 _COMPARE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-# Devices on which a compiled comparison pays: one kernel that reads the outputs once, in place of a dozen.
+# Devices on which compiling the comparison is faster: one kernel that reads the outputs once, instead of a dozen.
 _FUSED = {"cuda"}
 
 
@@ -34,15 +34,15 @@ def divergences(
     outputs: Tensor,
     gates: Tensor,
 ) -> Tensor:
-    """Divergence of a layer's output with each expert added, float32 `[N, t]`.
+    """Compute the divergence of a layer's output with each expert added, float32 `[N, t]`.
 
     Args:
         metric (`Callable`): From `registry.METRICS`.
         target (`Tensor`): The layer's output, float32 `[t, H]`.
-        offset (`Tensor`), slope (`float`): The layer gives `offset + slope * y`, `[t, H]`.
+        offset (`Tensor`), slope (`float`): The layer's output is `offset + slope * y`, `[t, H]`.
         base (`Tensor`): y without the expert, float32 `[t, H]`.
-        outputs (`Tensor`): Of the experts, `[N, t, H]` in the model's dtype.
-        gates (`Tensor`): float32 `[N, 1, 1]`.
+        outputs (`Tensor`): Outputs of the experts, `[N, t, H]` in the model's dtype.
+        gates (`Tensor`): Their gates, float32 `[N, 1, 1]`.
     """
     y = torch.addcmul(base, outputs.float(), gates)
     return metric(target, torch.add(offset, y, alpha=slope))
@@ -50,8 +50,8 @@ def divergences(
 
 @cache
 def fused_divergences() -> Callable[..., Tensor]:
-    """`divergences`, compiled for any number of tokens; as it is where the machine has no compiler for it."""
-    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+    """Compile `divergences` for any number of tokens, with a fallback for machines without a compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
 
     compiled = torch.compile(divergences, dynamic=True)
     works = True
@@ -63,14 +63,14 @@ def fused_divergences() -> Callable[..., Tensor]:
                 return compiled(*args)
             except TorchDynamoException as error:
                 works = False
-                logger.warning(f"The comparison of experts can't be compiled here, and is slower without: {error}")
+                logger.warning(f"The comparison of experts can't be compiled here and is slower: {error}")
         return divergences(*args)
 
     return run
 
 
 class LayerComparison:
-    """Divergences of a layer's output (means over sequences of means over tokens) when experts are added to it."""
+    """The divergences of a layer's output (means over sequences of means over tokens) as experts are added."""
 
     def __init__(self, data: SparseLayerData) -> None:
         self.data = data
@@ -83,7 +83,7 @@ class LayerComparison:
             left -= size if chunk.cached else 0
 
     def keep(self, expert: int) -> None:
-        """Adds an expert for good."""
+        """Add an expert to the kept ones."""
         for chunk in self._chunks():
             chunk.pending.append(expert)
 
@@ -91,11 +91,11 @@ class LayerComparison:
         return (chunk for chunks in self.calls for chunk in chunks)
 
     def without(self) -> float:
-        """Divergence with the shared expert alone; to be asked before any expert is kept."""
+        """Compute the divergence with the shared expert alone. Call it before `keep`."""
         return self._total(lambda chunk, rows: self._divergence(chunk, rows, chunk.base[rows][None]))[0]
 
     def with_each(self) -> list[float]:
-        """Divergence with each expert of the layer added to the kept ones; NaN for those that are no candidates."""
+        """Compute the divergence with each expert of the layer added to the kept ones; NaN for non-candidates."""
 
         def added(chunk: _Chunk, rows: slice) -> Tensor:
             outputs = self._outputs(chunk)[:, rows]
@@ -110,7 +110,7 @@ class LayerComparison:
         return self._total(added)
 
     def along(self, experts: Sequence[int]) -> list[float]:
-        """Divergence with none of these experts, with the first, with the first two, ...; before any is kept."""
+        """Compute the divergence with none of these experts, the first, the first two, ... Call it before `keep`."""
         chosen = list(experts)
         if not chosen:
             return [self.without()]
@@ -124,12 +124,11 @@ class LayerComparison:
         return self._total(nested)
 
     def _divergence(self, chunk: _Chunk, rows: slice, y: Tensor) -> Tensor:
-        """`[..., t]` for `y` `[..., t, H]` in place of what the block gives."""
         return self.data.metric(chunk.target[rows], chunk.tail(y, rows))
 
     @torch.no_grad()
     def _total(self, per_token: Callable[[_Chunk, slice], Tensor]) -> list[float]:
-        """Sums over the tokens of all calls. Nothing here waits for the device before all is computed."""
+        """Sum over the tokens of all calls, without waiting for the device before the end."""
         return self.data.processes.total([self._of_call(chunks, per_token) for chunks in self.calls]).tolist()
 
     def _of_call(self, chunks: Sequence[_Chunk], per_token: Callable[[_Chunk, slice], Tensor]) -> Tensor:
@@ -153,21 +152,21 @@ class LayerComparison:
 
 @dataclass
 class _Chunk:
-    """Some tokens of a layer: their inputs, what is kept so far, and what it is compared with."""
+    """Some tokens of a layer: their inputs, the sum of the experts kept so far, and the target."""
 
     inputs: Tensor  # [t, H]
-    base: Tensor  # float32 [t, H], shared expert and kept experts
+    base: Tensor  # float32 [t, H], sum of the shared and the kept experts
     target: Tensor  # float32 [t, H'], the sparse layer's output
     tail: Tail
     token_weights: Tensor  # float32 [t]
     step: int  # tokens to compare at once
     cached: bool = False
     outputs: Tensor | None = None  # [N, t, H]
-    sums: Tensor | None = None  # float32 [K + 1, t, H], of the first gated experts of an order, while it is compared
-    pending: list[int] = field(default_factory=list)  # kept, but not in `base` yet
+    sums: Tensor | None = None  # float32 [K + 1, t, H], sums of the first gated experts of an order being compared
+    pending: list[int] = field(default_factory=list)  # kept, but not yet added to `base`
 
     def windows(self) -> Iterator[slice]:
-        """The tokens in parts small enough to compare all candidates at once."""
+        """Split the tokens into parts small enough to compare all candidates at once."""
         if self.step >= len(self.inputs):
             yield slice(None)
             return

@@ -1,4 +1,4 @@
-"""What expert selection looks at in a sparse layer, and what it gives."""
+"""The input and output of expert selection."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..processes import Processes
 
 @dataclass
 class SparseLayerData:
-    """Everything that expert selection may look at in one sparse layer.
+    """The data for expert selection in one sparse layer.
 
     Args:
         block (`SparseBlock`): The sparse block.
         calls (`list[LayerCall]`): The layer on this process's calibration batches.
-        gates (`Tensor`): float64 `[N]`, the constant gates; NaN for an expert that is no candidate.
+        gates (`Tensor`): The constant gates, float64 `[N]`; NaN for experts that are not candidates.
         metric (`Callable`): Divergence per token of two outputs, from `registry.METRICS`.
         cache_bytes (`int`): Memory for expert outputs that are kept between rounds.
         seed (`int`): Seed of every random choice.
-        processes (`Processes`): Who has the other batches; sums go over all of them.
+        processes (`Processes`): All processes of the search. Sums are over the batches of all of them.
     """
 
     block: SparseBlock
@@ -37,16 +37,16 @@ class SparseLayerData:
 
     @property
     def candidates(self) -> list[int]:
-        """Experts that at least one token chose."""
+        """The experts that were chosen by at least one token."""
         return [int(i) for i in torch.nonzero(~self.gates.isnan()).flatten()]
 
     @property
     def factors(self) -> Tensor:
-        """Factors of `expert_outputs` in a condensed layer, float64 `[N]`; NaN for an expert that is no candidate."""
+        """The factors of `expert_outputs` in a condensed layer, float64 `[N]`; NaN for non-candidates."""
         return self.block.output_factors(self.gates)
 
     def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None) -> Tensor:
-        """Outputs `[N, T, H]` of routed experts (all by default) for `x` `[T, H]`, to be multiplied by `factors`."""
+        """Compute outputs `[N, T, H]` of routed experts (all by default) for `x` `[T, H]`, without their `factors`."""
         return self.block.expert_outputs(x, experts, self.gates if experts is None else self.gates[list(experts)])
 
 
@@ -57,8 +57,8 @@ class ExpertOrder:
     Args:
         experts (`list[int]`): The kept experts.
         scores (`list[float]`): Divergence of the layer's output with none of them, with the first, with the first two,
-            ...: the same quantity for every method, also where the order comes from something else.
-        steps (`list[dict[int, float]]`): Divergence of every candidate in every round; empty where the method has no
+            ... The same quantity for every method, even if it ranks experts by another one.
+        steps (`list[dict[int, float]]`): Divergence of every candidate in every round; empty for methods without
             rounds.
     """
 

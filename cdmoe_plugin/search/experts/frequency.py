@@ -1,4 +1,4 @@
-"""Expert selection by how many tokens chose an expert."""
+"""Expert selection by the number of tokens that chose an expert."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .data import ExpertOrder, SparseLayerData
 from .ranking import ranked
 
 
-@EXPERT_SELECTIONS.register("frequency", "chosen by most tokens", "Muzio et al. 2024, arXiv 2404.05089")
+@EXPERT_SELECTIONS.register("frequency", "chosen by the most tokens", "Muzio et al. 2024, arXiv 2404.05089")
 def frequency_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
-    """Experts that most calibration tokens chose first; ties to the lower index.
+    """Rank experts by the number of calibration tokens that chose them, the most first. Ties go to the lower index.
 
-    The activation frequency of SEER-MoE (Muzio et al. 2024, arXiv 2404.05089), counted without gates.
+    This is the activation frequency of SEER-MoE (Muzio et al. 2024, arXiv 2404.05089), counted without gates.
     """
     return ranked(data, num_experts, lambda data: -choice_counts(data))
 
 
 def choice_counts(data: SparseLayerData) -> Tensor:
-    """How many calibration tokens chose each expert, float64 `[N]`."""
+    """Count the calibration tokens that chose each expert, float64 `[N]`."""
     number = data.block.num_experts
     counts = [torch.bincount(call.routing.experts.flatten().cpu(), minlength=number) for call in data.calls]
     return data.processes.total(counts).cpu()

@@ -1,4 +1,4 @@
-"""Inner products of expert outputs: all that squared errors and volumes depend on, in N² numbers instead of N·T·H."""
+"""Inner products of expert outputs, from which squared errors and volumes follow: N² values instead of N·T·H."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...decoder.tails import AffineTail, as_it_is
 from ...metrics.mse import mean_squared_error
 from .data import SparseLayerData
 
-# Numbers that the outputs of all experts for some tokens may have, and their float64 copies for a few of these: small
+# Elements of the outputs of all experts for some tokens, and of their float64 copies for a few of these tokens: small
 # enough for a CPU's cache, and large enough for a GPU.
 _OUTPUT_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 _WIDE_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
@@ -21,14 +21,15 @@ _WIDE_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 def gram_matrix(
     data: SparseLayerData, token_weights: Sequence[Tensor] | None = None, with_rest: bool = False
 ) -> Tensor:
-    """Inner products of the experts' gated outputs, weighted sums over the calibration tokens: float64 `[N, N]`.
+    """Compute the inner products of the experts' gated outputs, weighted over the calibration tokens: float64 `[N, N]`.
 
-    Rows and columns of experts that are no candidates are NaN.
+    Rows and columns of experts that are not candidates are NaN.
 
     Args:
+        data (`SparseLayerData`): The sparse layer.
         token_weights (`list[Tensor]`, *optional*): `[T]` per call; by default those of the divergences.
-        with_rest (`bool`): Whether one more row and column, `[N + 1, N + 1]`, are for what the shared expert leaves of
-            the sparse block's output.
+        with_rest (`bool`): Whether to add a row and a column (`[N + 1, N + 1]`) for the rest: the sparse block's output
+            without the shared expert.
     """
     device, num = data.block.device, data.block.num_experts
     parts = []
@@ -58,13 +59,13 @@ def gram_matrix(
 
 
 class SquaredErrors:
-    """What `comparison.LayerComparison` gives for the mean squared error, from inner products alone.
+    """The mean squared errors of `comparison.LayerComparison`, from inner products alone.
 
-    With r what the shared expert leaves of the block's output, and `v_i = g_i E_i(x)`, the error of a set S of experts
-    is `‖r - sum_S v_i‖² = ‖r‖² - 2 sum_S <r, v_i> + sum_SS <v_i, v_j>`: no round looks at a token.
+    With the block's output without the shared expert r and `v_i = g_i E_i(x)`, the error of a set S of experts is
+    `‖r - sum_S v_i‖² = ‖r‖² - 2 sum_S <r, v_i> + sum_SS <v_i, v_j>`, so rounds need no tokens.
 
     Args:
-        gram (`Tensor`): float64 `[N + 1, N + 1]`, products of the `v_i` and, last, r.
+        gram (`Tensor`): float64 `[N + 1, N + 1]`, inner products of the `v_i` and, last, r.
     """
 
     def __init__(self, gram: Tensor) -> None:
@@ -74,7 +75,7 @@ class SquaredErrors:
 
     @classmethod
     def of(cls, data: SparseLayerData) -> SquaredErrors | None:
-        """The errors of a layer that adds its block's output to what it has, unless anything is not finite."""
+        """Make the errors of a layer, or return None: if the metric or the layer is another one, or not finite."""
         if data.metric is not mean_squared_error:
             return None
         scaled = []
@@ -87,15 +88,15 @@ class SquaredErrors:
         return cls(gram) if bool(torch.isfinite(gram[rows][:, rows]).all()) else None
 
     def keep(self, expert: int) -> None:
-        """Adds an expert for good."""
+        """Add an expert to the kept ones."""
         self.error = self.with_each()[expert]
         self.left -= self.gram[:, expert]
 
     def without(self) -> float:
-        """Error with the shared expert alone; to be asked before any expert is kept."""
+        """Return the error with the shared expert alone. Call it before `keep`."""
         return self.error
 
     def with_each(self) -> list[float]:
-        """Error with each expert of the layer added to the kept ones; NaN for those that are no candidates."""
-        # Rounding may leave a little less than nothing.
+        """Compute the error with each expert of the layer added to the kept ones; NaN for non-candidates."""
+        # Rounding may make it slightly negative.
         return (self.error - 2 * self.left + self.gram.diagonal()).clamp_min(0).tolist()

@@ -10,14 +10,14 @@ from .gram import SquaredErrors
 
 
 @EXPERT_SELECTIONS.register(
-    "greedy", "adds the expert that brings the layer's output nearest, one after the other", "CD-MoE, Algorithm 1"
+    "greedy", "adds the expert that changes the layer's output least, one after the other", "CD-MoE, Algorithm 1"
 )
 def greedy_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
-    """Adds, one after the other, the expert that brings the layer's output nearest (CD-MoE, Algorithm 1).
+    """Add, one after the other, the expert that brings the layer's output nearest to the sparse one (Algorithm 1).
 
-    Each expert's output is computed once and the rounds only add and compare; what does not fit into `cache_bytes`
-    is computed again in each round, with the same result. Where the metric is the squared error and the layer adds its
-    block's output to what it has, inner products of the outputs take their place. Ties go to the lower index.
+    Each expert's output is computed once, and the rounds only add and compare. Outputs that do not fit into
+    `cache_bytes` are computed again in each round, with the same result. If the metric is the squared error and the
+    layer adds its block's output to the residual, inner products of the outputs are enough. Ties go to the lower index.
     """
     comparison = (SquaredErrors.of(data) if num_experts else None) or LayerComparison(data)
     experts: list[int] = []

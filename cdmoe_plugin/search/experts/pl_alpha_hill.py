@@ -1,4 +1,4 @@
-"""Expert selection by how heavy-tailed the spectra of an expert's weights are (PL-Alpha-Hill)."""
+"""Expert selection by the tails of the spectra of an expert's weights (PL-Alpha-Hill)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ...registry import EXPERT_SELECTIONS
 from .data import ExpertOrder, SparseLayerData
 from .ranking import ranked
 
-# Bins of the histogram whose peak is looked for, between the logarithms of the smallest and the largest eigenvalue.
+# Bins of the histogram between the logarithms of the smallest and the largest eigenvalue.
 _BINS = 100
-# Float64 numbers in the Gram matrices that are held at once: half a gigabyte.
+# Float64 elements of the Gram matrices in memory at once: half a gigabyte.
 _GRAM_ELEMENTS = 2**26
 
 
 @EXPERT_SELECTIONS.register("pl_alpha_hill", "heaviest tail of the weights' spectra", "CD-MoE, Eq. 4")
 def pl_alpha_hill_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
-    """Experts with the heaviest-tailed weights, that is the lowest PL-Alpha-Hill, first (CD-MoE, Eq. 4).
+    """Rank experts by the PL-Alpha-Hill of their weights, the lowest (heaviest tail) first (CD-MoE, Eq. 4).
 
     An expert's value is the mean over its three matrices (two without gates), see `pl_alpha_hill`. Ties go to the lower
     index.
@@ -26,7 +26,7 @@ def pl_alpha_hill_experts(data: SparseLayerData, num_experts: int) -> ExpertOrde
 
 
 def alpha_means(data: SparseLayerData) -> Tensor:
-    """Mean PL-Alpha-Hill of each expert's matrices, float64 `[N]`; NaN for those that are no candidates."""
+    """Compute the mean PL-Alpha-Hill of each expert's matrices, float64 `[N]`; NaN for non-candidates."""
     means = torch.full((data.block.num_experts,), float("nan"), dtype=torch.float64)
     spectra = [_spectra(part, data.candidates) for part in data.block.expert_weights().matrices]
     for expert, *own in zip(data.candidates, *spectra, strict=True):
@@ -35,18 +35,18 @@ def alpha_means(data: SparseLayerData) -> Tensor:
 
 
 def pl_alpha_hill(eigenvalues: Tensor) -> float:
-    """PL-Alpha-Hill of one spectrum (CD-MoE, Eq. 4): `1 + k / sum_{i=1..k} ln(λ_{n-i+1} / λ_{n-k})`.
+    """Compute the PL-Alpha-Hill of one spectrum (CD-MoE, Eq. 4): `1 + k / sum_{i=1..k} ln(λ_{n-i+1} / λ_{n-k})`.
 
     k is chosen by Fix-Finger (Yang et al. 2023, arXiv 2202.02842; Zhou et al. 2024, arXiv 2312.00359): the threshold
-    `λ_{n-k}` lies at the peak of the empirical spectral density. Here that is the smallest eigenvalue in the fullest of
-    100 bins of equal width in log λ (the lowest such bin), counting eigenvalues that are not zero but for rounding.
-    (The code of these papers searches a window around that bin's edge for the best fit instead.)
+    `λ_{n-k}` is at the peak of the empirical spectral density. Here it is the smallest eigenvalue in the fullest of 100
+    bins of equal width in log λ (the lowest such bin), without eigenvalues that are zero up to rounding. (The code of
+    these papers searches a window around that bin's edge for the best fit instead.)
 
     Args:
-        eigenvalues (`Tensor`): float64 `[n]`, those of `WᵀW` (the squared singular values of W), ascending.
+        eigenvalues (`Tensor`): float64 `[n]`, the eigenvalues of `WᵀW` (squared singular values of W), ascending.
 
     Returns:
-        `float`: At least 1; infinity, as for a tail that is not heavy at all, if no eigenvalue exceeds the threshold.
+        `float`: At least 1. Infinity, as for a tail that is not heavy, if no eigenvalue exceeds the threshold.
     """
     rounding = torch.finfo(torch.float64).eps * len(eigenvalues) * float(eigenvalues[-1])
     logs = eigenvalues[eigenvalues > rounding].log()
@@ -54,7 +54,7 @@ def pl_alpha_hill(eigenvalues: Tensor) -> float:
         return float("inf")
     bins = ((logs - logs[0]) * (_BINS / (logs[-1] - logs[0]))).long().clamp(max=_BINS - 1)
     counts = torch.bincount(bins, minlength=_BINS)
-    peak = int(torch.nonzero(counts == counts.max())[0])  # argmax does not promise which of several
+    peak = int(torch.nonzero(counts == counts.max())[0])  # argmax may return any of several maxima
     start = int(torch.nonzero(bins == peak)[0])
     tail = logs[start + 1 :] - logs[start]
     total = float(tail.sum())
@@ -63,9 +63,9 @@ def pl_alpha_hill(eigenvalues: Tensor) -> float:
 
 @torch.no_grad()
 def _spectra(weights: Tensor, experts: list[int]) -> list[Tensor]:
-    """Eigenvalues of `WᵀW` of some of the stacked matrices `[N, A, B]`: float64 `[min(A, B)]` each, on the CPU.
+    """Compute the eigenvalues of `WᵀW` for some of the stacked matrices `[N, A, B]`: float64 `[min(A, B)]`, on the CPU.
 
-    From the smaller of the two Gram matrices, which have the same eigenvalues but for zeros.
+    They are those of the smaller of the two Gram matrices, up to zeros.
     """
     smaller = weights if weights.shape[1] <= weights.shape[2] else weights.mT
     step = max(1, _GRAM_ELEMENTS // smaller.shape[1] ** 2)

@@ -1,4 +1,4 @@
-"""Expert selection at random."""
+"""Random expert selection."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .ranking import ordered
 
 @EXPERT_SELECTIONS.register("random", "drawn from `seed`", "CD-MoE, section 4.4")
 def random_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
-    """Experts in random order ("Random" in CD-MoE, section 4.4), drawn from the seed and the decoder layer.
+    """Shuffle experts with the seed and the decoder layer ("Random" in CD-MoE, section 4.4).
 
-    All N experts are shuffled and those that are no candidates left out. There are no ties.
+    All N experts are shuffled, and those that are not candidates are left out. There are no ties.
     """
     shuffled = list(range(data.block.num_experts))
     random.Random(f"{data.seed} {data.block.layer}").shuffle(shuffled)

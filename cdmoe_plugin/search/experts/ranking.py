@@ -1,4 +1,4 @@
-"""Orders of experts by one number per expert, or known ones."""
+"""Orders of experts by one score per expert, or given ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .data import ExpertOrder, SparseLayerData
 
 
 def ranked(data: SparseLayerData, num_experts: int, score: Callable[[SparseLayerData], Tensor]) -> ExpertOrder:
-    """The candidates with the lowest scores, lowest first; ties go to the lower index.
+    """Choose the candidates with the lowest scores, lowest first. Ties go to the lower index.
 
     Args:
-        score (`Callable`): Gives float64 `[N]`, one number per routed expert; those of no candidate are not looked at.
+        data (`SparseLayerData`): The sparse layer.
+        num_experts (`int`): Number of experts to choose.
+        score (`Callable`): Computes the scores of all routed experts, float64 `[N]`; only candidates' are used.
     """
     experts: list[int] = []
     if num_experts:
@@ -26,7 +28,7 @@ def ranked(data: SparseLayerData, num_experts: int, score: Callable[[SparseLayer
 
 
 def ordered(data: SparseLayerData, experts: list[int]) -> ExpertOrder:
-    """An order that is known, with the divergences of the layer's output along it.
+    """Measure the divergences of the layer's output along a given order of experts.
 
     Raises:
         ValueError: naming the layer, if the output with these experts is not finite.

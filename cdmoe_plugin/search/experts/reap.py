@@ -15,10 +15,10 @@ from .ranking import ranked
     "reap", "highest mean of gate times norm of the output", "Lasby et al. 2025, arXiv 2510.13999"
 )
 def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
-    """Experts with the highest router-weighted activation first (REAP, Lasby et al. 2025, arXiv 2510.13999).
+    """Rank experts by their router-weighted activation, the highest first (REAP, Lasby et al. 2025, arXiv 2510.13999).
 
-    The saliency of expert i is the mean, over the tokens that chose it, of `g_i(x) · ‖E_i(x)‖₂`, where `g_i(x)` is what
-    the router really multiplies with; where that is the expert's input, the mean of `‖E_i(g_i(x) · x)‖₂`. Ties go to
+    The saliency of expert i is the mean of `g_i(x) · ‖E_i(x)‖₂` over the tokens that chose it, where `g_i(x)` is the
+    router's weight as it is applied; if it multiplies the expert's input, the mean of `‖E_i(g_i(x) · x)‖₂`. Ties go to
     the lower index.
     """
     return ranked(data, num_experts, lambda data: -reap_saliencies(data))
@@ -26,11 +26,11 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
 
 @torch.no_grad()
 def reap_saliencies(data: SparseLayerData) -> Tensor:
-    """REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
+    """Compute REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
     parts = []
     for call in data.calls:
         sums = torch.zeros(data.block.num_experts, dtype=torch.float64)
-        # Expert by expert, as only a few of all tokens chose it.
+        # Expert by expert: each is chosen by a few tokens only.
         for expert in torch.unique(call.routing.experts).tolist():
             rows, slots = torch.nonzero(call.routing.experts == expert, as_tuple=True)
             inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]

@@ -1,1 +1,1 @@
-"""Constant gates for condensed layers."""
+"""Constant gates of condensed layers, one file for each method."""

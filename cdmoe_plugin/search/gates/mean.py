@@ -14,15 +14,15 @@ from ..processes import Processes
 
 @GATES.register("mean", "mean router weight over the tokens that chose the expert", "CD-MoE, Eq. 2")
 def mean_gates(calls: Sequence[LayerCall], num_experts: int, processes: Processes) -> Tensor:
-    """Mean router weight of each expert over the tokens that chose it (CD-MoE, Eq. 2).
+    """Compute the mean router weight of each expert over the tokens that chose it (CD-MoE, Eq. 2).
 
     Args:
-        calls: A sparse layer on this process's calibration batches; padding is in none of them.
-        num_experts (`int`): Routed experts N of the layer.
-        processes (`Processes`): Who has the other batches.
+        calls (`Sequence[LayerCall]`): The sparse layer on this process's calibration batches, without padding.
+        num_experts (`int`): Number N of routed experts of the layer.
+        processes (`Processes`): All processes of the search.
 
     Returns:
-        `Tensor`: float64 `[N]`; NaN for an expert that no token chose, which has no mean and is no candidate.
+        `Tensor`: float64 `[N]`; NaN for an expert that no token chose, which has no mean and is not a candidate.
     """
     parts = []
     for call in calls:

@@ -1,4 +1,4 @@
-"""Layer selection by what each layer alone does to the model's output."""
+"""Layer selection by the change of the model's output when a layer alone is condensed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .variants import LayerSearchData, ModelVariants
     "global", "least change of the model's output by condensing the layer alone", "CD-MoE, section 4.4"
 )
 def global_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
-    """Layers whose condensation alone changes the model's output least first.
+    """Rank layers by the change of the model's output when each is condensed alone, the least first.
 
-    "Global Layer Comparison" in CD-MoE, section 4.4. Ranked once, ties to the lower index.
+    "Global Layer Comparison" in CD-MoE, section 4.4. Ties go to the lower index.
     """
     model = ModelVariants(data)
     alone = scores_alone(model, data.candidates)

@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
     "CD-MoE, Algorithm 2",
 )
 def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
-    """Adds, one after the other, the layer whose condensation changes the model's output least (CD-MoE, Algorithm 2).
+    """Add, one after the other, the layer whose condensation changes the model's output least (CD-MoE, Algorithm 2).
 
     Outputs are compared with the unmodified model's. Ties go to the lower index.
     """

@@ -1,4 +1,4 @@
-"""The order that a layer selection gives, and divergences along it."""
+"""The order of layers that a selection returns, and divergences along it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .variants import ModelVariants
 
-# Shares of the work and the time left: what is counted are layers run, which tells a reader nothing.
+# Only percentage and time: the unit would be runs of single layers.
 BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -19,11 +19,11 @@ class LayerOrder:
 
     Args:
         layers (`list[int]`): The chosen decoder layers.
-        scores (`list[float]`): Divergence of the model's output once the first, the first two, ... are condensed.
+        scores (`list[float]`): Divergence of the model's output with the first, the first two, ... layers condensed.
         rounds (`list[dict[int, float]]`): Divergence of the model's output for every candidate in every round; the
-            first round is each layer on its own (Figure 1). Empty where the method does not look at the model's output.
-        similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, where they were ranked by them;
-            nothing else was measured then.
+            first round is each layer alone (Figure 1). Empty if the method does not use the model's output.
+        similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, if layers were ranked by them.
+            Nothing else is measured then.
     """
 
     layers: list[int]
@@ -33,7 +33,7 @@ class LayerOrder:
 
 
 def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float]:
-    """Divergence of the model's output when each of these layers is condensed alone."""
+    """Measure the divergence of the model's output when each of these layers is condensed alone."""
     variants = {layer: frozenset({layer}) for layer in layers}
     with logging.tqdm(total=model.steps, desc="Layers alone", bar_format=BAR) as progress:
         found = model.divergences(variants.values(), progress.update)
@@ -41,7 +41,7 @@ def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float
 
 
 def scores_along(model: ModelVariants, layers: Sequence[int]) -> list[float]:
-    """Divergences of the model's output along an order that is known."""
+    """Measure the divergences of the model's output along a given order."""
     variants = [frozenset(layers[: number + 1]) for number in range(len(layers))]
     with logging.tqdm(total=model.steps, desc="Layers in order", bar_format=BAR) as progress:
         found = model.divergences(variants, progress.update)

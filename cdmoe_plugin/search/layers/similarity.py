@@ -1,4 +1,4 @@
-"""Layer selection by how little a layer changes the hidden states."""
+"""Layer selection by the similarity of a layer's input and output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .variants import LayerSearchData
 
 @LAYER_SELECTIONS.register(
     "similarity",
-    "highest cosine similarity of what enters and what leaves the layer",
+    "highest cosine similarity of the layer's input and output",
     "He et al. 2024, arXiv 2406.15786",
 )
 def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
-    """Ranks layers once, those first whose output is most like their input (He et al. 2024, arXiv 2406.15786).
+    """Rank layers by the similarity of their input and output, the most similar first (He et al. 2024).
 
-    A layer's similarity is the mean over sequences of the mean over tokens of the cosine between what enters it and
-    what leaves it (the residual included) in the unmodified model, computed in float64. Ties go to the lower index.
+    A layer's similarity is the mean over sequences of the mean over tokens of the cosine of its input and its output
+    (including the residual) in the unmodified model, in float64. Ties go to the lower index. See arXiv 2406.15786.
     """
     similarities: dict[int, float] = {}
     states = list(data.stream.embeddings)

@@ -1,4 +1,4 @@
-"""The model with some layers condensed, and how far its output moves."""
+"""Variants of the model with some layers condensed, and the divergence of their outputs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ...decoder.stream import LayerOutput, LayerStream
 from ..processes import Processes
 from .outputs import OutputComparison
 
-# What a candidate layer does while it stands condensed in the model.
+# From a layer to the context in which it is condensed.
 Condense = Callable[[int], AbstractContextManager[None]]
-# The decoder layers that are condensed in one variant of the model.
+# The condensed decoder layers of one variant.
 Condensed = frozenset[int]
 
 
 @dataclass
 class LayerSearchData:
-    """Everything that layer selection may look at.
+    """The data for layer selection.
 
     Args:
         stream (`LayerStream`): The unmodified model on the calibration tokens.
         candidates (`list[int]`): Decoder layers that may be condensed.
-        condense (`Callable`): Context manager that puts the condensed form of a layer in its place.
-        comparison (`OutputComparison`): How far two outputs of the model are apart.
-        own_divergences (`dict[int, float]`): Divergence of each candidate's own output once it is condensed, as the
-            expert search measured it.
-        cache_bytes (`int`): Memory for hidden states of variants of the model that run side by side.
+        condense (`Callable`): Context manager in which a layer is condensed.
+        comparison (`OutputComparison`): The distance of two outputs of the model.
+        own_divergences (`dict[int, float]`): Divergence of each candidate's own output when it is condensed, measured
+            by the expert search.
+        cache_bytes (`int`): Memory for hidden states of variants that run together.
         token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
-        entering (`Callable`): For a decoder layer, its input and a batch: the hidden states `[B, S, H]` that enter what
-            is replaced there, the MLP sub-layer or (where blocks are trimmed) the whole layer.
-        processes (`Processes`): Who else works on this search.
-        known (`MutableMapping[str, float]`): Divergences that need not be computed again, and where new ones go.
-        name (`str`): How their names begin there.
+        entering (`Callable`): From a decoder layer, its input and a batch to the input `[B, S, H]` of the part that is
+            replaced: the MLP sub-layer, or the whole layer for `trim_block`.
+        processes (`Processes`): The processes of the search.
+        known (`MutableMapping[str, float]`): Known divergences by name; new ones are added.
+        name (`str`): Prefix of their names.
     """
 
     stream: LayerStream
@@ -54,10 +54,10 @@ class LayerSearchData:
 
 
 class ModelVariants:
-    """The model with different sets of layers condensed, all run side by side, one decoder layer after the other.
+    """The model with different sets of layers condensed, all run together, one decoder layer after the other.
 
-    Variants that are alike up to some layer are one up to there: they share its hidden states. Each layer's weights
-    are needed once for all variants, which is what counts where they come from disk.
+    Variants that are equal up to some layer share its hidden states. Each layer's weights are needed only once for all
+    variants, which saves most of the time if they are offloaded to disk.
     """
 
     def __init__(self, data: LayerSearchData) -> None:
@@ -66,18 +66,18 @@ class ModelVariants:
 
     @property
     def steps(self) -> int:
-        """Layers that are run to compare variants, each once per batch, however many variants there are."""
+        """The number of layer runs of a comparison: each layer once per batch, for any number of variants."""
         return len(self.data.stream) * len(self.data.stream.batches)
 
     def divergences(self, variants: Iterable[Condensed], tick: Callable[[int], object] = int) -> dict[Condensed, float]:
-        """How far the output of each variant is from the unmodified model's.
+        """Measure the divergence of each variant's output from the unmodified model's.
 
         Args:
-            variants (`Iterable[frozenset[int]]`): The condensed layers of each.
-            tick (`Callable`): Told how many of the `steps` are done, as they are done.
+            variants (`Iterable[frozenset[int]]`): The condensed layers of each variant.
+            tick (`Callable`): Called with the number of finished `steps` since the last call.
 
         Raises:
-            ValueError: naming the layers, if one is not finite.
+            ValueError: naming the layers, if a divergence is not finite.
         """
         variants = list(variants)
         known = self.data.known
@@ -104,7 +104,7 @@ class ModelVariants:
         return dict(zip(variants, self.data.processes.total(distances).tolist(), strict=True))
 
     def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
-        """What is compared of every variant's output, batch by batch; as many at a time as fit into `cache_bytes`."""
+        """Yield the compared outputs of all variants batch by batch, as many batches at a time as fit in the cache."""
         stream = self.data.stream
         together = max(1, self.data.cache_bytes // (max(stream.output_bytes, 1) * (len(variants) + 1)))
         for start in range(0, len(stream.batches), together):
@@ -117,9 +117,9 @@ class ModelVariants:
     def _run(
         self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
     ) -> dict[Condensed, dict[int, LayerOutput]]:
-        """The last layer's output of every variant, by batch."""
+        """Compute the last layer's output of every variant, by batch."""
         stream = self.data.stream
-        # By what is condensed so far: all variants begin as one.
+        # By the layers condensed so far: all variants begin as one.
         states: dict[Condensed, dict[int, LayerOutput]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
         for layer in range(len(stream)):
             wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
@@ -141,7 +141,7 @@ class ModelVariants:
 def _ran(
     stream: LayerStream, layer: int, inputs: Sequence[dict[int, LayerOutput]], in_place: bool = False
 ) -> list[dict[int, LayerOutput]]:
-    """A layer's outputs for several variants' inputs by batch; in place of these, where they are not needed again."""
+    """Run a layer on the inputs of several variants by batch, optionally replacing the inputs by the outputs."""
     outputs = inputs if in_place else [dict(states) for states in inputs]
     for batch in inputs[0] if inputs else ():
         found = stream.run_together(layer, [states[batch] for states in inputs], batch)
