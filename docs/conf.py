@@ -40,10 +40,11 @@ ROOT_PAGES = {
 }
 
 
-def link_to_pages(app: Any, docname: str, source: list[str]) -> None:
-    """Turns links to files of the repository's root into links to their pages."""
-    source[0] = re.sub(r"\]\(\.\./(\w+\.md)", lambda found: f"]({ROOT_PAGES[found[1]]}", source[0])
+def link_to_pages(app: Any, docname: str, source: list[str], above: str = r"\.\./") -> None:
+    """Turn links to files of the repository's root into links to their pages."""
+    source[0] = re.sub(rf"\]\({above}(\w+\.md)", lambda found: f"]({ROOT_PAGES[found[1]]}", source[0])
 
 
 def setup(app: Any) -> None:
     app.connect("source-read", link_to_pages)
+    app.connect("include-read", lambda app, path, docname, content: link_to_pages(app, docname, content, above=""))

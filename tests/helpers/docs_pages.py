@@ -19,11 +19,14 @@ PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").gl
 EXEMPT = {
     "make quickstart": "installs everything and trains a model for minutes",
     "make test": "installs everything and is what runs this",
+    "pip install .": "changes the environment",
+    'pip install ".[recipes]"': "changes the environment",
+    'pip install ".[lm-eval]"': "changes the environment",
 }
-# Training in bfloat16, the recipe's default, is refused on a CPU without this option, as docs/recover.md says.
-WITHOUT_GPU = ("recipes/lm_then_sft.py --model", "recipes/lm_then_sft.py --use_cpu --model")
+# Training in bfloat16, the command's default, is refused on a CPU without this option, as docs/recover.md says.
+WITHOUT_GPU = ("cdmoe recover --model", "cdmoe recover --use_cpu --model")
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-_NOT_RUN = {"", "text", "{include}", "{toctree}", "{eval-rst}"}
+_NOT_RUN = {"", "text", "bibtex", "{include}", "{toctree}", "{eval-rst}"}
 
 
 @dataclass(frozen=True)

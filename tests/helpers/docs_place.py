@@ -1,4 +1,4 @@
-"""What the commands of the documentation find: tiny models, texts and tasks under the names of the hub.
+"""The folder in which commands of the documentation run: tiny models, texts and tasks under the names of the hub.
 
 transformers and datasets open a local folder of a repository's name before they ask the hub, so a command runs as it
 stands in the documentation where there are such folders.
@@ -10,6 +10,7 @@ import gzip
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def write_tasks(folder: Path) -> None:
         (data / "README.md").write_text(f"---\n{json.dumps(header)}\n---\n")
 
 
-def link_recipes(folder: Path) -> None:
-    """A checkout's `recipes` beside the data."""
+def link_checkout(folder: Path) -> None:
+    """Put a checkout's `recipes` beside the data, and `cdmoe` into `bin`, as an installation would."""
     (folder / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    command = folder / "bin" / "cdmoe"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cdmoe_plugin "$@"\n')
+    command.chmod(0o755)

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from cdmoe_plugin import CondenseConfig
 from cdmoe_plugin.estimate import dry_run
 from tests.helpers.docs_pages import EXEMPT, FENCE, PAGES, blocks_of, run_page
-from tests.helpers.docs_place import link_recipes, make_place, write_condensed
+from tests.helpers.docs_place import link_checkout, make_place, write_condensed
 from tests.helpers.lm_eval_cases import ROOT
 
 
@@ -32,11 +32,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A working directory as the pages expect it, and what programs started there should know."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    link_recipes(tmp_path)
+    link_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     return {
         **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HF_HOME": str(tmp_path / "hf-home"),  # also keeps the settings of accelerate on this machine out
         "HF_DATASETS_CACHE": str(tmp_path / "hf-home" / "datasets"),
@@ -56,7 +56,7 @@ def test_commands_of(page: str, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        "```bash\npython recipes/condens.py --dry_run\ntrue\n```\n",
+        "```bash\ncdmoe condens --dry_run\ntrue\n```\n",
         "```bash\nfalse | true\n```\n",
         "```bash\nmake quickstart  # not run\n./no_such_program\n```\n",
         "```python\nfrom cdmoe_plugin import condense_pretraned\n```\n",
