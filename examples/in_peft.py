@@ -1,10 +1,10 @@
 """
-A script that loads a model and trains LoRA adapters, with one line more: `apply_plan` after `from_pretrained`.
+Train LoRA adapters on a condensed model. The script needs one more line: `apply_plan` after `from_pretrained`.
 
 python examples/in_peft.py Qwen/Qwen1.5-MoE-A2.7B qwen-cd9/condense_plan.json texts.jsonl outputs/adapters
 
-The plan comes from a search that was done before (`search_plan`, `condense_pretrained`, recipes/condense.py). Adapters
-are small; to open them again, apply the same plan to the same model first.
+The plan is the result of an earlier search (`search_plan`, `condense_pretrained` or `cdmoe condense`). To load the
+saved adapters, apply the same plan to the same model first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cdmoe_plugin import apply_plan, condensed_module_names
 def main(base: str, plan: str, texts: str, output_dir: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    model = apply_plan(model, plan)  # the line that is new
+    model = apply_plan(model, plan)  # the new line
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=condensed_module_names(model)))
 
     data = load_dataset("json", data_files=texts, split="train")
@@ -39,7 +39,7 @@ def main(base: str, plan: str, texts: str, output_dir: str) -> None:
         data,
     )
     trainer.train()
-    trainer.save_model()  # the adapters alone
+    trainer.save_model()  # saves only the adapters
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
-A script with transformers' Trainer, with one line changed: `condense_pretrained` instead of `from_pretrained`.
+Train a condensed model with transformers' Trainer. One line changes: `condense_pretrained` replaces `from_pretrained`.
 
 python examples/in_trainer.py Qwen/Qwen1.5-MoE-A2.7B texts.jsonl outputs/trained
 
-The texts ({"text": ...} per line) serve as calibration data and for training; only the condensed layers learn.
+The texts ({"text": ...} per line) are used for calibration and for training. Only the condensed layers are trained.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cdmoe_plugin import CondenseConfig, condense_pretrained, unfreeze_condensed
 def main(base: str, texts: str, output_dir: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
 
-    # Was: model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    # Before: model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = condense_pretrained(base, CondenseConfig(num_layers=2, num_experts=2), calibration=texts, dtype="auto")
-    unfreeze_condensed(model)  # without this line, everything learns
+    unfreeze_condensed(model)  # without this line, all weights are trained
 
     data = load_dataset("json", data_files=texts, split="train")
     data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=512), remove_columns=["text"])

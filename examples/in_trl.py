@@ -1,9 +1,9 @@
 """
-A script with TRL's SFTTrainer on a condensed checkpoint, with one line more: `import cdmoe_plugin`.
+Fine-tune a condensed checkpoint with TRL's SFTTrainer. The script needs one more line: `import cdmoe_plugin`.
 
 python examples/in_trl.py qwen-cd9 conversations.jsonl outputs/tuned
 
-The data are in any form that TRL knows, such as {"prompt": ..., "completion": ...} per line.
+The data may have any format that TRL supports, such as {"prompt": ..., "completion": ...} per line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import cdmoe_plugin  # noqa: F401  (from here on, the auto classes open condense
 
 
 def main(checkpoint: str, conversations: str, output_dir: str) -> None:
-    bf16 = torch.cuda.is_available()  # TRL's default, refused on CPUs
+    bf16 = torch.cuda.is_available()  # TRL's default; not supported on CPUs
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"),
         SFTConfig(output_dir, num_train_epochs=1, learning_rate=5e-5, max_length=512, bf16=bf16, report_to="none"),

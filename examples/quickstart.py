@@ -1,11 +1,11 @@
 """
-Condense a small Mixture-of-Experts model from beginning to end, with nothing to download:
+Condense a small Mixture-of-Experts model from beginning to end, without downloading anything:
 
 python examples/quickstart.py
 
-English text that comes with Python trains a tokenizer and a small model of DeepSeekMoE's kind (minutes the first time,
-then cached). Half of its sparse layers are condensed, saved, opened again, and compared with the sparse model and with
-what is left if only the shared experts are kept. Ends with a table, and a PNG like Figure 1 of the paper.
+The script trains a tokenizer and a small DeepSeekMoE model on text that comes with Python (minutes the first time, then
+cached). It condenses half of the sparse layers, saves and reopens the model, and compares it with the sparse model and
+with one that keeps only the shared experts. It ends with a table and a figure like Figure 1 of the paper.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def held_out_batches(tokenizer: Any, texts: list[str], length: int = 256, size: int = 16) -> list[torch.Tensor]:
-    """The held-out documents, one after the other, as batches of full sequences."""
+    """Split the concatenated held-out documents into batches of full sequences."""
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     return list(rows.split(size))
@@ -46,13 +46,13 @@ def held_out_batches(tokenizer: Any, texts: list[str], length: int = 256, size: 
 
 @torch.inference_mode()
 def losses(model: Any, batches: list[torch.Tensor]) -> Iterator[tuple[float, int]]:
-    """Mean loss and number of predicted tokens of each batch."""
+    """Yield the mean loss and the number of predicted tokens of each batch."""
     for ids in batches:
         yield model(input_ids=ids, labels=ids).loss.item(), ids[:, 1:].numel()
 
 
 def perplexity(model: Any, batches: list[torch.Tensor]) -> float:
-    """Perplexity over all tokens of the batches."""
+    """Compute the perplexity over all tokens of the batches."""
     total, tokens = 0.0, 0
     for loss, count in losses(model, batches):
         total, tokens = total + loss * count, tokens + count
@@ -61,7 +61,7 @@ def perplexity(model: Any, batches: list[torch.Tensor]) -> float:
 
 @torch.inference_mode()
 def tokens_per_second(models: dict[str, Any], ids: torch.Tensor, repeats: int = 5) -> dict[str, float]:
-    """Speed of one forward pass, median of several; models take turns, so that all see the same machine."""
+    """Measure the speed of a forward pass (median); models take turns, so that all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
@@ -84,12 +84,12 @@ def main() -> None:
         "condensed": args.output_dir / "condensed",
     }
     sparse.save_pretrained(folders["sparse"])
-    # With a plan, condensing a checkpoint needs neither a search nor the experts that are dropped.
+    # With a plan, condensing needs no search and does not read the dropped experts.
     for name, smaller in (("shared experts only", plan.truncate(num_experts=0)), ("condensed", plan)):
         condense_pretrained(folders["sparse"], plan=smaller).save_pretrained(folders[name])
     for folder in folders.values():
         tokenizer.save_pretrained(folder)
-    write_training_data(args.output_dir / "data")  # for recipes/lm_then_sft.py
+    write_training_data(args.output_dir / "data")  # for `cdmoe recover`
 
     models = {
         name: AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")

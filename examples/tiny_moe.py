@@ -1,9 +1,9 @@
 """
-A small fine-grained Mixture-of-Experts model, really trained, with nothing to download.
+A small fine-grained Mixture-of-Experts model, trained without downloading anything.
 
-The text is English that every Python brings along: the topics of `help()` and the docstrings of the standard library.
-The model has the form of DeepSeekMoE: many small experts, a shared one, softmax routing. A second one has that of
-Qwen1.5-MoE: a shared expert as large as four others, which a gate weighs token by token.
+The training text comes with Python: the topics of `help()` and the docstrings of the standard library. The architecture
+is that of DeepSeekMoE: many small experts, a shared one, softmax routing. A second model has that of Qwen1.5-MoE: a
+shared expert as large as four others, with a gate per token.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ TRAINING = {"steps": 900, "batch_size": 8, "length": 128, "learning_rate": 3e-3,
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """Documents for training and, of other files and topics, held-out documents."""
+    """Return documents for training and, from other files and topics, held-out documents."""
     train, held_out = split_documents()
     return [text for text, _ in train], [text for text, _ in held_out]
 
 
 def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows in the form of commonsense170k, from the files of the training documents and of the held-out ones."""
+    """Return rows in the format of commonsense170k, about the files of the training and held-out documents."""
     rows = [[row for _, file in part if file for row in questions_about(file)] for part in split_documents()]
     return rows[0], rows[1]
 
@@ -65,7 +65,7 @@ def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 def split_documents(
     held_out_share: float = 0.06,
 ) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
-    """Documents and the files that they are from, for training and held out."""
+    """Return documents and their source files, for training and held out."""
     sources: list[tuple[list[str], Path | None]] = [([topics[name]], None) for name in sorted(topics)]
     sources += [(docstrings(file), file) for file in library_files()]
     seen: set[str] = set()
@@ -86,7 +86,7 @@ def split_documents(
 
 
 def library_files() -> Iterator[Path]:
-    """Modules of the standard library, without its tests and whatever else is installed."""
+    """Yield the modules of the standard library, without its tests and other installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -96,12 +96,12 @@ def library_files() -> Iterator[Path]:
 
 
 def docstrings(file: Path) -> list[str]:
-    """All docstrings of a module."""
+    """Return all docstrings of a module."""
     return [text for _, text in documented(file)]
 
 
 def documented(file: Path) -> list[tuple[str, str]]:
-    """Everything in a module that has a docstring: its name ("" for the module), and the docstring."""
+    """Return the names and docstrings of everything documented in a module ("" names the module itself)."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -112,7 +112,7 @@ def documented(file: Path) -> list[tuple[str, str]]:
 
 
 def questions_about(file: Path) -> list[dict[str, str]]:
-    """What the functions and classes of a module do, by the first sentence of their docstrings."""
+    """Ask what the functions and classes of a module do; the answers are the first sentences of their docstrings."""
     rows = []
     for name, text in documented(file):
         answer = " ".join(text.split("\n\n")[0].split())
@@ -123,7 +123,7 @@ def questions_about(file: Path) -> list[dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -140,7 +140,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], architecture: str = "deepseek") -> Any:
-    """Trains a model on packed text; a minute or three on two cores. `architecture`: one of `MODELS`."""
+    """Train a model on packed text, in one to three minutes on two cores. `architecture` is one of `MODELS`."""
     torch.manual_seed(0)
     ids = [i for row in tokenizer(texts)["input_ids"] for i in [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]]
     config = AutoConfig.for_model(
@@ -174,7 +174,7 @@ def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], architectu
 
 
 def batches(ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """Random windows of the text, `[batch, length]`."""
+    """Yield random windows of the text, `[batch, length]`."""
     length, size = int(TRAINING["length"]), int(TRAINING["batch_size"])
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -185,7 +185,7 @@ def batches(ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 def train_or_load(
     cache_dir: Path, architecture: str = "deepseek"
 ) -> tuple[Any, PreTrainedTokenizerFast, list[str], list[str]]:
-    """A trained model and its tokenizer, from the cache where this very recipe has been run on this very text.
+    """Train a model and its tokenizer, or load them from the cache if the same recipe was run on the same text.
 
     Args:
         cache_dir (`Path`): The cache.
@@ -195,14 +195,14 @@ def train_or_load(
         Model, tokenizer, training documents, held-out documents.
     """
     texts, held_out = corpus()
-    # The names of its sizes tell an architecture from the others.
+    # An architecture is identified by the names of its sizes.
     recipe = json.dumps([VOCABULARY, MODELS[architecture], TRAINING, texts], sort_keys=True)
     folder = cache_dir / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if not folder.exists():
         tokenizer = train_tokenizer(texts)
         model = train_model(tokenizer, texts, architecture)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved: a run that is interrupted leaves no half a model behind.
+        # Written to a temporary folder and moved, so that an interrupted run leaves no partial model.
         unfinished = Path(tempfile.mkdtemp(dir=cache_dir))
         try:
             model.save_pretrained(unfinished)
@@ -215,7 +215,7 @@ def train_or_load(
 
 
 def write_training_data(folder: Path) -> None:
-    """Writes lm.jsonl, sft.json and the same with "_held_out", as recipes/lm_then_sft.py reads them."""
+    """Write lm.jsonl, sft.json and the same with "_held_out", in the formats that `cdmoe recover` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts, rows in zip(("", "_held_out"), corpus(), questions(), strict=True):
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
