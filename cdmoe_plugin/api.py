@@ -99,7 +99,7 @@ def search_plan(
         state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
             interrupted goes on from there.
         accelerator (`Accelerator` or `PartialState`, *optional*): Splits the calibration batches over the processes of
-            `accelerate launch`, all of which must call this function with the same arguments. Every one of them returns
+            `accelerate launch`, which all must call this function with the same arguments. Every one of them returns
             the plan that a single process would find; the main process keeps the state.
 
     Raises:

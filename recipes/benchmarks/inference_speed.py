@@ -50,7 +50,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_sizes", type=common.numbers, default=[1, 8, 32], help="sequences at a time, such as 1,8,32")
     add("--prompt_tokens", type=int, help="tokens of each prompt (512; on a CPU 64)")
     add("--new_tokens", type=int, help="tokens decoded after each prompt (32; on a CPU 16)")
-    add("--repeats", type=int, default=5, help="rounds, of which medians are given")
+    add("--repeats", type=int, default=5, help="rounds; the table has their medians")
     add("--attn_implementation", default="sdpa", help="attention of all models")
     add("--experts_implementations", type=common.words, help="those to try (all of transformers)")
     backend = {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
@@ -149,7 +149,7 @@ class Run:
 
 
 class Inference:
-    """Prefill and decoding of one batch of token ids `[batch, prompt + new]`, of which `prompt` are the prompt.
+    """Prefill and decoding of one batch of token ids `[batch, prompt + new]`; the first `prompt` are the prompt.
 
     Decoding is one forward pass per new token with the cache of all before. The new tokens are given, not the model's
     own choice: a random model soon repeats itself, and sequences that say the same would share their experts. With a

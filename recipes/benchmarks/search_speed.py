@@ -1,5 +1,5 @@
 """
-How much faster the searches are than one forward pass of the model per candidate, measured in one run:
+The searches against one forward pass of the model per candidate, measured in one run:
 
 python recipes/benchmarks/search_speed.py
 
