@@ -1,4 +1,4 @@
-"""The story in three verbs: search a plan, apply a plan, or both from a checkpoint."""
+"""The three functions of the package: search a plan, apply a plan, or do both from a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,34 +38,33 @@ def condense_pretrained(
 ) -> PreTrainedModel:
     """Condense sparse layers of a Mixture-of-Experts model into dense ones (CD-MoE, arXiv 2412.00069).
 
-    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory
-    (but where blocks are trimmed, the whole of it is read first).
+    With a plan and a checkpoint, only the kept experts' weights are read, so the sparse model need not fit in memory.
+    The whole model is read first if blocks are trimmed.
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): Hub name or folder of a sparse checkpoint, or a loaded model,
             which is changed in place.
-        config (`CondenseConfig`, *optional*): How to search; the defaults are the paper's. With a plan it is not
-            needed; its `num_layers` and `num_experts` then do not change the plan (see `CondensePlan.truncate`), but
-            its `refit` says how the condensed layers are fitted.
-        plan (`CondensePlan` or path, *optional*): What to condense. No search; no calibration data without a `refit`,
-            which also needs the whole sparse model in memory.
+        config (`CondenseConfig`, *optional*): The settings of the search; the defaults are the paper's. With a plan,
+            only its fields for `refit` and calibration data are used (for a smaller budget: `CondensePlan.truncate`).
+        plan (`CondensePlan` or path, *optional*): The plan to apply, without a search. Calibration data and the whole
+            sparse model in memory are then only needed for a `refit`.
         calibration (*optional*): None (C4, as in the paper), a hub name, a local .txt/.json/.jsonl/.parquet file, a
             `Dataset`, a list of texts, or a list of token-id lists or tensors.
         tokenizer (*optional*): The checkpoint's own by default; not needed for token ids.
-        state_dir (`str` or `os.PathLike`, *optional*): Folder in which the search keeps its results as they come; one
-            that was interrupted goes on from there. Not used with a plan.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder for the results so far, from which an interrupted search
+            resumes. Not used with a plan.
         accelerator (`Accelerator` or `PartialState`, *optional*): As in `search_plan`.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...). With an
-            `offload_folder` and no `device_map`, decoder layers stay in the checkpoint's files, condensed ones go to
-            that folder, and one layer at a time is in memory, also as the condensed model is saved.
+            `offload_folder` and no `device_map`, decoder layers stay in the checkpoint's files, condensed ones are
+            written to that folder, and only one layer at a time is in memory, even while the model is saved.
 
     Returns:
-        `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is what was applied.
+        `PreTrainedModel`: The condensed model in eval mode; `model.condense_plan` is the applied plan.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed, or decoder layers
             that can't be dropped.
-        ValueError: if config, plan or calibration do not fit; raised before anything expensive where that can be known.
+        ValueError: if config, plan or calibration do not fit; if possible before anything expensive.
     """
     plan = None if plan is None else _opened(plan)
     config = _checked(config, plan)
@@ -89,24 +88,24 @@ def search_plan(
     state_dir: str | os.PathLike | None = None,
     accelerator: Accelerator | PartialState | None = None,
 ) -> CondensePlan:
-    """Choose experts, gates and layers on calibration data; the model stays as it is.
+    """Choose experts, gates and layers on calibration data, without changing the model.
 
     Args:
         model (`PreTrainedModel`): A loaded sparse model.
-        config (`CondenseConfig`, *optional*): How to search; the defaults are the paper's.
+        config (`CondenseConfig`, *optional*): The settings of the search; the defaults are the paper's.
         calibration (*optional*): As in `condense_pretrained`.
-        tokenizer (*optional*): For texts; by default that of the checkpoint the model was loaded from.
-        state_dir (`str` or `os.PathLike`, *optional*): Folder in which results are kept as they come; a search that was
-            interrupted goes on from there.
+        tokenizer (*optional*): The tokenizer for texts; by default that of the model's checkpoint.
+        state_dir (`str` or `os.PathLike`, *optional*): Folder for the results so far, from which an interrupted search
+            resumes.
         accelerator (`Accelerator` or `PartialState`, *optional*): Splits the calibration batches over the processes of
-            `accelerate launch`, which all must call this function with the same arguments. Every one of them returns
-            the plan that a single process would find; the main process keeps the state.
+            `accelerate launch`, which must all call this function with the same arguments. Each returns the plan that a
+            single process would find; the main process writes the state.
 
     Raises:
         UnsupportedModelError: if the model is dense or has sparse layers that can't be condensed.
         ValueError: if the config does not fit the model, if the calibration data is empty or makes fewer batches than
-            there are processes, if activations are not finite, if too few experts of a layer are chosen by any token,
-            or if `state_dir` belongs to another search.
+            there are processes, if activations are not finite, if the tokens choose too few experts of a layer, or if
+            `state_dir` belongs to another search.
     """
     config = _checked(config)
     blocks = open_blocks(model)
@@ -116,7 +115,7 @@ def search_plan(
         return CondensePlan(named, model_shape(model, blocks), config.to_dict(), form=config.form)
     data = calibration_for(model, calibration, config, tokenizer)
     if config.refit is not None:
-        check_calibration(data)  # only the step after the search needs more
+        check_calibration(data)  # before the search, although only the refit needs it
     with searching(model):
         search = PlanSearch(model, config, blocks, data, state_dir, accelerator)
         experts = search.experts()
@@ -133,24 +132,24 @@ def apply_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Condense a loaded model as a plan says, in place, and return it.
+    """Condense a loaded model by a plan, in place, and return it.
 
-    The model becomes an instance of its condensed class: `save_pretrained` writes a condensed checkpoint. Only a plan
-    that trims blocks leaves it what it was, with fewer layers: it is saved as a checkpoint of its own architecture.
+    The model becomes an instance of its condensed class, and `save_pretrained` writes a condensed checkpoint. With a
+    plan that trims blocks, it keeps its class with fewer layers and is saved as a checkpoint of its own architecture.
 
     Args:
         model (`PreTrainedModel`): A loaded sparse model.
-        plan (`CondensePlan` or path): What to condense.
-        config (`CondenseConfig`, *optional*): Where its `refit` is set, the condensed layers are fitted to the sparse
-            model on calibration data; all else that it says is in the plan already. Without it, they are not.
+        plan (`CondensePlan` or path): The plan to apply.
+        config (`CondenseConfig`, *optional*): If its `refit` is set, the condensed layers are fitted to the sparse
+            model on calibration data. Its other fields are part of the plan already.
         calibration (*optional*): As in `search_plan`; used for `refit` only.
         tokenizer (*optional*): As in `search_plan`; used for `refit` only.
 
     Raises:
         UnsupportedModelError: if the model is dense, has sparse layers that can't be condensed, or would have decoder
-            layers that its config can't describe once blocks are trimmed.
+            layers that its config can't describe after blocks are trimmed.
         ValueError: if the plan was made for another model, if the model is condensed already, or if the calibration
-            data does not do. The model is then unchanged.
+            data can't be used. The model is then unchanged.
     """
     plan = _opened(plan)
     config = _checked(config)
@@ -161,7 +160,7 @@ def apply_plan(
         form.apply(model, blocks, plan)
         return model
     if not form.keeps_experts:
-        raise ValueError(f"`refit` is {config.refit!r}, but the plan's layers are trimmed: nothing is left to fit.")
+        raise ValueError(f"`refit` is {config.refit!r}, but the plan's layers are trimmed: there is nothing to fit.")
     data = calibration_for(model, calibration, config, tokenizer)
     mlps, fits = refit_layers(model, blocks, plan.layers, config, data)
     form.apply(model, blocks, plan, mlps)
@@ -194,7 +193,7 @@ def _given(
     tokenizer: PreTrainedTokenizerBase | None,
     model_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, Calibration | None]:
-    """Take a loaded model as it is, with calibration data where these are needed."""
+    """Return a loaded model, with calibration data if needed."""
     if model_kwargs:
         raise ValueError(f"{sorted(model_kwargs)} only apply when a checkpoint is loaded, not to a loaded model.")
     needed = _needs_calibration(config, plan)
@@ -209,10 +208,7 @@ def _opened_whole(
     tokenizer: PreTrainedTokenizerBase | None,
     model_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, Calibration | None]:
-    """Open a sparse checkpoint to search on it, to refit its layers or to drop some, with calibration data if needed.
-
-    All that can be wrong with the request, and shows on the config alone, is said before weights are read.
-    """
+    """Open a whole sparse checkpoint, with calibration data if needed. Errors are raised before weights are read."""
     sketch, blocks = sketch_model(path, model_kwargs)
     check_request(plan or config, sketch, blocks)
     data = None
@@ -226,4 +222,4 @@ def _check_loading(path: object, model_kwargs: dict[str, Any]) -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"`model` should be a checkpoint or a PreTrainedModel, but is a {type(path).__name__}.")
     if "output_loading_info" in model_kwargs:
-        raise ValueError("`output_loading_info` is not supported: a checkpoint that lacks weights is refused anyway.")
+        raise ValueError("`output_loading_info` is not supported: a checkpoint that lacks weights is refused.")

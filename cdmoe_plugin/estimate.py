@@ -1,4 +1,4 @@
-"""The estimate of what condensing saves, from a checkpoint's config alone."""
+"""The estimate of a condensed model's size, from a checkpoint's config alone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .sizes import format_bytes
 def dry_run(
     model_name_or_path: str | os.PathLike, request: CondensePlan | CondenseConfig, dtype: str = "auto", **hub: Any
 ) -> str:
-    """Estimate what condensing would save, from a checkpoint's config alone, as a Markdown table.
+    """Estimate a model's size before and after condensing, from a checkpoint's config alone, as a Markdown table.
 
     Args:
         model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
-        request (`CondensePlan` or `CondenseConfig`): What would be condensed. Where a config leaves the layers to a
-            search, the first sparse ones are counted; they all have the same size in nearly every architecture. An
-            expert budget counts as spent in full; a search may leave some of it.
-        dtype (`str`, defaults to `"auto"`): Dtype to count bytes in; "auto" is the checkpoint's own.
+        request (`CondensePlan` or `CondenseConfig`): The plan, or the config of a search. If a search chooses the
+            layers, the first sparse ones are counted: all have the same size in nearly every architecture. An expert
+            budget is assumed to be spent in full; a search may leave some of it.
+        dtype (`str`, defaults to `"auto"`): Dtype for the size in bytes; "auto" is the checkpoint's own.
         **hub: `revision`, `trust_remote_code` and the like.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Recover a condensed model's quality by light training: language modelling, then fine-tuning (CD-MoE, section 4.3).
+"""Recovery of a condensed model's quality by light training: language modelling, then SFT (CD-MoE, section 4.3).
 
 Needs `trl` and `datasets`: `pip install "cdmoe_plugin[recipes]"`.
 """

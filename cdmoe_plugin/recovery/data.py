@@ -1,4 +1,4 @@
-"""The two stages' training data, in the formats that TRL's SFTTrainer reads."""
+"""The training data of the two stages, in the formats of TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
 
 logger = logging.get_logger(__name__)
 
-# Columns that rows may have, and those that TRL reads beside them. The first that are all there are used.
+# The supported columns, and further ones that TRL reads with them. The first set that a dataset has is used.
 _COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("input_ids",): ("labels", "completion_mask", "assistant_masks"),
     ("messages",): ("tools", "chat_template_kwargs"),
@@ -30,7 +30,7 @@ _COLUMNS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StageData:
-    """Rows to train on, rows to measure on that are never trained on, and where they are from."""
+    """The rows of a stage for training, the held-out rows for evaluation, and their source."""
 
     train: Dataset
     held_out: Dataset
@@ -46,16 +46,16 @@ def load_stage_data(
     num_held_out: int = 512,
     seed: int = 42,
 ) -> StageData:
-    """Open a stage's data and set rows aside to measure on.
+    """Open a stage's data and split off held-out rows.
 
     Args:
-        stage (`str`): "lm" or "sft"; names the options in error messages.
+        stage (`str`): "lm" or "sft", as error messages name the options.
         source: None (C4's first English shard, as in the paper), a name on the hub, a local .json/.jsonl/.parquet file,
-            or a `Dataset`. Rows are `text`, `prompt` and `completion`, `messages`, token ids as `input_ids`, or
+            or a `Dataset`. Rows have `text`, `prompt` and `completion`, `messages`, token ids as `input_ids`, or
             commonsense170k's `instruction`, `input`, `output`, `answer`.
-        held_out (*optional*): The same for rows to measure on; by default rows of `source`, a tenth of them at most.
-        num_examples (`int`, *optional*): How many rows are trained on, drawn by `seed`; all by default.
-        num_held_out (`int`, defaults to 512): How many rows are measured on, at most.
+        held_out (*optional*): The same for held-out rows; by default rows of `source`, at most a tenth of them.
+        num_examples (`int`, *optional*): Number of training rows, drawn with `seed`; all by default.
+        num_held_out (`int`, defaults to 512): Maximum number of held-out rows.
         seed (`int`, defaults to 42): Seed of the draw.
 
     Raises:
@@ -66,7 +66,7 @@ def load_stage_data(
         if number is not None and number < 1:
             raise ValueError(f"`{option}` should be at least 1, but is {number}.")
     name = C4_NAME if source is None else str(source) if isinstance(source, (str, os.PathLike)) else "a Dataset"
-    # One process per machine reads and converts; the others find the result in the cache of `datasets`.
+    # One process per machine reads and converts; the others use the cache of `datasets`.
     with PartialState().local_main_process_first():
         rows = _rows(stage, source, f"{stage}_dataset", seed)
         if len(rows) < 2:
@@ -82,7 +82,7 @@ def load_stage_data(
 
 
 def check_tokenizer(stage: str, data: StageData, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
-    """Check early what TRL would find only when it prepares a stage's data, which may be after another stage.
+    """Check the tokenizer for a stage's data. TRL would do so only after an earlier stage.
 
     Raises:
         ValueError: if rows are chats and there is no chat template, or texts and there is no end-of-sequence token.
@@ -93,15 +93,15 @@ def check_tokenizer(stage: str, data: StageData, tokenizer: PreTrainedTokenizerB
     if any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt")):
         if tokenizer.chat_template is None and args.chat_template_path is None:
             raise ValueError(
-                f"`{stage}_dataset` {data.source} holds chats, but the tokenizer has no chat template. Pass "
+                f"`{stage}_dataset` {data.source} contains chats, but the tokenizer has no chat template. Pass "
                 "`--chat_template_path`, or rows with `prompt` and `completion` as text."
             )
     elif tokenizer.eos_token is None and args.eos_token is None:
-        raise ValueError("The tokenizer has no end-of-sequence token. Name one of its tokens by `--eos_token`.")
+        raise ValueError("The tokenizer has no end-of-sequence token. Choose one of its tokens with `--eos_token`.")
 
 
 def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
-    """The rows of one source in random order, without those that have no text, in columns that TRL reads."""
+    """Open one source and return its rows with text, in random order, with columns that TRL reads."""
     if source is None:
         dataset = open_hub(C4_NAME, stage, f"Pass `--{option}` a local file.", data_files={"train": C4_FILES})
     elif not isinstance(source, (str, os.PathLike)):
@@ -111,13 +111,13 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
     else:
         dataset = open_hub(str(source), stage, f"Pass `--{option}` a local {'/'.join(TABLES)} file or another name.")
     if dataset is not None and not hasattr(dataset, "__len__"):
-        raise ValueError(f"`{option}` should be a Dataset, which can be drawn from; a {type(dataset).__name__} can't.")
+        raise ValueError(f"`{option}` should be a Dataset, but is a {type(dataset).__name__}, which has no length.")
     if dataset is None or not len(dataset):
         raise ValueError(f"`{option}` {source} is empty.")
     needed = next((names for names in _COLUMNS if set(names) <= set(dataset.column_names)), None)
     if needed is None:
         raise ValueError(
-            f"`{option}` {source} has the columns {dataset.column_names}; expected are `text`; `prompt` and "
+            f"`{option}` {source} has the columns {dataset.column_names}, but should have `text`; `prompt` and "
             "`completion`; `messages`; `instruction` and `output`, with or without `input` (commonsense170k); or token "
             "ids as `input_ids`."
         )
@@ -127,7 +127,7 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
     for name in texts:
         kind = getattr(dataset.features[name], "dtype", type(dataset.features[name]).__name__)
         if kind not in ("string", "large_string", "null"):
-            raise ValueError(f"Column `{name}` of `{option}` {source} should hold text, but holds {kind}.")
+            raise ValueError(f"Column `{name}` of `{option}` {source} should be text, but is {kind}.")
     has_content = _has_text if texts else bool
     rows = dataset.filter(lambda row: all(has_content(row[name]) for name in needed))
     if len(rows) < len(dataset):
@@ -141,9 +141,9 @@ def _has_text(value: str | None) -> bool:
 
 
 def to_prompt_and_completion(row: dict[str, Any]) -> dict[str, str]:
-    """Turn a row of commonsense170k into `prompt` and `completion`.
+    """Convert a row of commonsense170k to `prompt` and `completion`.
 
-    The completion starts with a space, so that tokens do not merge across the border between the two.
+    The completion starts with a space, so that no token spans both.
     """
     question = "\n\n".join(part.strip() for part in (row["instruction"], row.get("input") or "") if _has_text(part))
     return {"prompt": f"{question}\n\nAnswer:", "completion": f" {row['output'].strip()}"}

@@ -1,7 +1,7 @@
-"""The sparse model as teacher of the condensed one (Hinton et al., 2015, arXiv 1503.02531).
+"""Distillation from the sparse model to the condensed one (Hinton et al., 2015, arXiv 1503.02531).
 
-All but the condensed layers is the same in both, so the teacher is the student with the sparse blocks put back for the
-length of a forward pass: only these blocks take memory besides.
+Both have the same weights except in the condensed layers. The teacher is therefore the student with the sparse blocks
+put back during a forward pass, and only these blocks take additional memory.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _CHUNK = 512
 
 
 class Distillation:
-    """What the sparse model says of a batch, and how far the condensed model is from it.
+    """A distillation loss with the sparse model as teacher.
 
     Args:
-        model (`PreTrainedModel`): The condensed model; of a PEFT model, the one inside.
-        blocks (`list[SparseBlock]`): The sparse blocks that condensed layers replaced, from the base model. They are
-            moved to where the condensed layers are, also when these move later.
+        model (`PreTrainedModel`): The condensed model, without a PEFT wrapper.
+        blocks (`list[SparseBlock]`): The base model's sparse blocks of the condensed layers. They follow the condensed
+            layers to their devices.
         target (`str`): "logits": KL divergence of the next token's distributions, `KL(teacher || student)`, both
             softened by the temperature. "blocks": at every condensed layer, the squared error between its output and
-            the sparse block's for the same input, relative to the sparse block's output, token by token, mean over
-            layers. Each layer learns from its own error only, so no gradient flows between layers.
-        weight (`float`, defaults to 0.5): Share w of distillation in the loss, `(1 - w) · LM + w · distillation`.
-        temperature (`float`, defaults to 1.0): T of the target "logits"; its loss is multiplied by T².
+            the sparse block's for the same input, relative to the sparse block's output, per token, mean over layers.
+            Each layer learns from its own error only, so no gradient flows between layers.
+        weight (`float`, defaults to 0.5): Weight w of distillation in the loss, `(1 - w) · LM + w · distillation`.
+        temperature (`float`, defaults to 1.0): Temperature T of the target "logits"; its loss is multiplied by T².
 
     Raises:
-        ValueError: if an argument is out of range, if the blocks are not those that were condensed, or if what they
-            give for an input does not follow from that input.
+        ValueError: if an argument is out of range, if blocks of condensed layers are missing, or, for "blocks", if the
+            blocks' outputs depend on more than their inputs.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Distillation:
         by_layer = {block.layer: block for block in blocks}
         missing = [layer for layer in self.students if layer not in by_layer]
         if missing:
-            raise ValueError(f"Of the condensed decoder layers {missing}, the teacher's sparse blocks are missing.")
+            raise ValueError(f"`blocks` has no sparse blocks of the condensed decoder layers {missing}.")
         self.blocks = {layer: by_layer[layer] for layer in self.students}
         if target == "blocks" and not all(block.follows_inputs for block in self.blocks.values()):
             raise ValueError(
-                "`distillation` on 'blocks' needs what routers see among the inputs of the blocks; in "
-                f"{type(model).__name__}, the decoder layers have routers of their own. Use 'logits'."
+                "`distillation` is 'blocks', which needs routers inside the sparse blocks, but in "
+                f"{type(model).__name__} the decoder layers have routers of their own. Use 'logits'."
             )
         for block in self.blocks.values():
             for module in block.modules:
@@ -79,7 +79,7 @@ class Distillation:
         self._scale = self._logit_scale() if target == "logits" else 1.0
 
     def _follow(self) -> None:
-        """Moves the blocks to where the condensed layers are: a trainer moves the model, which does not hold them."""
+        """Move the blocks to the devices of the condensed layers: a trainer moves the model, which lacks the blocks."""
         for layer, block in self.blocks.items():
             device = next(self.students[layer].parameters()).device
             for module in block.modules:
@@ -87,9 +87,9 @@ class Distillation:
 
     @contextmanager
     def watching(self) -> Iterator[dict[Any, Tensor]]:
-        """Collects what the student's forward pass leaves: its last hidden state, or the condensed layers' inputs.
+        """Record the student's last hidden state, or the inputs of its condensed layers, in one forward pass.
 
-        Gradient checkpointing runs layers again in the backward pass, when nobody watches any more.
+        Gradient checkpointing runs layers again in the backward pass, outside of this context.
         """
         self._follow()
         seen: dict[Any, Tensor] = {}
@@ -109,12 +109,12 @@ class Distillation:
             yield seen
 
     def loss(self, seen: dict[Any, Tensor], inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        """Sum over the tokens that predict a label, float32 scalar.
+        """Compute the loss, summed over the tokens that predict a label: a float32 scalar.
 
         Args:
-            seen: What `watching` collected in the student's forward pass.
-            inputs: Arguments of that forward pass, without labels.
-            labels (`Tensor`): int64 `[B, S]`, -100 where there is nothing to learn.
+            seen (`dict`): The record of `watching` from the student's forward pass.
+            inputs (`dict`): Arguments of that forward pass, without labels.
+            labels (`Tensor`): int64 `[B, S]`, -100 for tokens to ignore.
         """
         predicts = torch.zeros_like(labels, dtype=torch.bool)
         predicts[:, :-1] = labels[:, 1:] != -100
@@ -128,12 +128,12 @@ class Distillation:
         total = student.new_zeros((), dtype=torch.float32)
         pairs = zip(student[predicts].split(_CHUNK), teacher[predicts].split(_CHUNK), strict=True)
         for of_student, of_teacher in pairs:
-            # Recomputed in the backward pass: logits are far larger than anything else here.
+            # Recomputed in the backward pass: logits are by far the largest tensors here.
             total = total + checkpoint(self._divergence, of_student, of_teacher, use_reentrant=False)
         return total * self.temperature**2
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Sum over tokens of `KL(teacher || student)` from last hidden states `[T, H]`."""
+        """Compute the sum over tokens of `KL(teacher || student)` from last hidden states `[T, H]`."""
         head: Any = self.model.get_output_embeddings()
         p, q = (F.log_softmax(head(h).float() * self._scale / self.temperature, dim=-1) for h in (teacher, student))
         return F.kl_div(q, p, reduction="sum", log_target=True)
@@ -145,13 +145,13 @@ class Distillation:
             with torch.no_grad():
                 target = self.blocks[layer].run(x, inputs.get("input_ids"))[predicts]
             error = (hidden_of(mlp(x)).float()[predicts] - target).square().sum(-1)
-            # Relative to each token's own size: a few tokens have outputs a thousand times larger than the rest.
+            # Relative to each token's size: a few tokens have outputs a thousand times larger than the others.
             errors.append((error / target.square().sum(-1).clamp_min(1e-8)).sum())
         return torch.stack([error.to(errors[0].device) for error in errors]).mean()
 
     @contextmanager
     def _sparse_again(self) -> Iterator[None]:
-        """The student with the sparse blocks in their old places."""
+        """Put the sparse blocks back into the student inside the context."""
         with ExitStack() as stack:
             for block in self.blocks.values():
                 stack.enter_context(standing_in(self.model, block, None))
@@ -159,7 +159,7 @@ class Distillation:
 
     @torch.no_grad()
     def _logit_scale(self) -> float:
-        """The constant that the model multiplies its head's output with; measured, for configs name it in many ways."""
+        """Measure the constant factor of the model's logits, for which configs have many names."""
         head: Any = self.model.get_output_embeddings()
         ids = torch.arange(2, 6, device=head.weight.device)[None]
         with eval_mode(self.model):
@@ -169,15 +169,15 @@ class Distillation:
         scale = float((raw * logits).sum() / raw.square().sum())
         if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ValueError(
-                f"`distillation` on logits needs logits that are the head's output times a constant; those of "
-                f"{type(self.model).__name__} are not. Use 'blocks'."
+                "`distillation` is 'logits', which needs logits that are the head's output times a constant, but those "
+                f"of {type(self.model).__name__} are not. Use 'blocks'."
             )
         return 1.0 if abs(scale - 1.0) < 0.01 else scale
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while."""
+    """Put a model in eval mode inside the context."""
     training = model.training
     model.eval()
     try:
@@ -187,7 +187,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_distillation(target: str, weight: float, temperature: float) -> None:
-    """Raises a `ValueError` that names the option which is out of range."""
+    """Check the options of distillation.
+
+    Raises:
+        ValueError: naming the option that is out of range.
+    """
     targets = get_args(DistillationTarget)
     if target not in targets:
         raise ValueError(f"`distillation` should be one of {', '.join(targets)}, but is {target!r}.")
@@ -198,16 +202,16 @@ def check_distillation(target: str, weight: float, temperature: float) -> None:
 
 
 def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwargs: Any) -> list[SparseBlock]:
-    """The sparse blocks of a base model that a plan condenses. The rest of the model is opened too, and let go.
+    """Load the sparse blocks of a base model that a plan condenses. The rest of the model is loaded too, and freed.
 
     Args:
-        path (`str` or `os.PathLike`): Hub name or folder of the base model, as it was before it was condensed.
-        plan (`CondensePlan`): What was condensed.
+        path (`str` or `os.PathLike`): Hub name or folder of the sparse base model.
+        plan (`CondensePlan`): The plan of the condensed model.
         **model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         UnsupportedModelError: if the model has no sparse layers.
-        ValueError: if it is not the model that the plan was made for.
+        ValueError: if the plan was made for another model.
     """
     opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **model_kwargs)
     teacher, loading_info = opened

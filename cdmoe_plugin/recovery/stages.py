@@ -1,4 +1,4 @@
-"""A stage of recovery: one run of one trainer in one folder, complete when its summary is there."""
+"""The stages of recovery. A stage is one run of one trainer in one folder, complete once it has a summary."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ logger = logging.get_logger(__name__)
 
 IDENTITY_FILE = "recipe.json"
 SUMMARY_FILE = "summary.json"
-# All that a run leaves which failed before it made anything.
+# The files of a run that failed before it produced anything.
 _BEGINNING = re.compile(rf"\.?{re.escape(IDENTITY_FILE)}.*|{STAGING.pattern}")
-# A run that goes on may end with an adapter where it was merged before, or the other way round.
+# A resumed run may end with an adapter instead of merged weights, or the other way round.
 _EARLIER_END = re.compile(r".*\.safetensors(\.index\.json)?|(adapter_)?config\.json")
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The outcome of a stage."""
+    """The result of a stage."""
 
     stage: str  # "lm" or "sft"
     held_out_before: float  # mean loss per token of the held-out rows before training, in nats
     held_out_after: float
     tokens: int  # seen in training, without padding, over all processes
-    trained: int  # parameters
+    trained: int  # number of trained parameters
     parameters: int
     dropped_rows: int  # training rows that were dropped for their length
 
@@ -53,15 +53,15 @@ class StageSummary:
 
 
 def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Make a new or empty folder a run's own, or check that it is the one that is resumed. All processes call it.
+    """Create the folder of a run, or check that it belongs to the run that is resumed. All processes call this.
 
     Args:
         output_dir (`Path`): The folder.
-        identity (`dict`): Settings that a run must share with the one that it goes on with.
-        resume (`bool`): Whether there may be something to go on with.
+        identity (`dict`): Settings that must not change when a run is resumed.
+        resume (`bool`): Whether a run may be resumed.
 
     Raises:
-        ValueError: if the folder holds anything else.
+        ValueError: if the folder has anything else in it.
     """
     state = PartialState()
     if state.is_main_process:
@@ -69,7 +69,7 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
         begun = output_dir.is_file() or any(not _BEGINNING.fullmatch(path.name) for path in output_dir.glob("*"))
         if begun and not resume:
             raise ValueError(
-                f"`--output_dir` {output_dir} is not an empty folder: choose another, or go on with the run in it by "
+                f"`--output_dir` {output_dir} is not an empty folder: choose another, or resume the run in it with "
                 "`--resume_from_checkpoint true`."
             )
         identity = json.loads(json.dumps(identity))
@@ -86,15 +86,15 @@ def claim_output_dir(output_dir: Path, identity: dict[str, Any], resume: bool) -
 def find_progress(
     output_dir: Path, stages: Sequence[str], resume: str | bool | None
 ) -> tuple[list[StageSummary], Path | None]:
-    """Read the summaries of the complete stages, and find the checkpoint at which the next one goes on, if any.
+    """Read the summaries of the complete stages, and find the checkpoint from which the next stage resumes, if any.
 
     Args:
         output_dir (`Path`): The run's folder.
         stages (`Sequence[str]`): Names of all stages, in their order.
-        resume (`str` or `bool`, *optional*): "true" or None: the last checkpoint that is whole. A path: that one.
+        resume (`str` or `bool`, *optional*): "true" or None for the last complete checkpoint, or the path of one.
 
     Raises:
-        ValueError: if the path is not a whole checkpoint of this run, or if what was trained after it is still there.
+        ValueError: if the path is not a complete checkpoint of this run, or if there are results of later training.
     """
     folders = [output_dir.resolve() / stage for stage in stages]
     made = [Path(name) for folder in folders for name in (*sort_checkpoints(str(folder)), str(folder / SUMMARY_FILE))]
@@ -102,31 +102,31 @@ def find_progress(
     complete = takewhile(Path.is_file, (folder / SUMMARY_FILE for folder in folders))
     done = [StageSummary(**read_json(file)) for file in complete]
     here = [path for path in made if path.parent in folders[len(done) : len(done) + 1]]
-    if not resume or str(resume).lower() == "true":  # in a YAML file, `true` is no string
+    if not resume or str(resume).lower() == "true":  # in a YAML file, `true` is not a string
         for path in reversed(here):
-            if _is_whole(path):
+            if _is_complete(path):
                 return done, path
-            logger.warning(f"The checkpoint {path} is not whole and is not used.")
+            logger.warning(f"The checkpoint {path} is incomplete and is not used.")
         return done, None
     path = Path(str(resume)).resolve()
-    if path not in made or not _is_whole(path):
+    if path not in made or not _is_complete(path):
         raise ValueError(
-            f"`--resume_from_checkpoint` {resume} should be `true`, or a whole checkpoint "
+            f"`--resume_from_checkpoint` {resume} should be `true`, or a complete checkpoint "
             f"{output_dir}/<{' or '.join(stages)}>/checkpoint-<step>."
         )
     later = made[made.index(path) + 1 :]
     if later or path not in here:
         raise ValueError(
-            f"`--resume_from_checkpoint` {resume} is not where this run stopped. To go back to it, remove what was "
+            f"`--resume_from_checkpoint` {resume} is not where this run stopped. To go back to it, remove the results "
             f"trained later: {', '.join(map(str, later))}."
         )
     return done, path
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end, and with the optimiser.
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written completely and with the optimiser.
 
-    `Trainer` writes trainer_state.json last. With `--save_only_model`, there is no random state, and no optimiser.
+    `Trainer` writes trainer_state.json last. With `--save_only_model`, there are no random states and no optimiser.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -141,10 +141,10 @@ def run_stage(
     """Train, and write weights, logs and, last, a summary to the trainer's `output_dir`.
 
     Args:
-        stage (`str`): Its name.
-        trainer (`CondensedSFTTrainer`): With `eval_dataset`, and `eval_on_start=True` among its arguments.
-        previous (`Path`, *optional*): Folder of the stage with whose result this one begins.
-        checkpoint (`Path`, *optional*): Checkpoint of this stage at which it goes on.
+        stage (`str`): Name of the stage.
+        trainer (`CondensedSFTTrainer`): A trainer with an `eval_dataset` and `eval_on_start=True`.
+        previous (`Path`, *optional*): Folder of the previous stage, whose result is the start of this one.
+        checkpoint (`Path`, *optional*): Checkpoint of this stage to resume from.
 
     Raises:
         ValueError: if the held-out loss is not finite.
@@ -181,14 +181,14 @@ def run_stage(
 
 
 def finish(start: str | Path, output_dir: Path, done: Sequence[StageSummary], merge: bool, **model_kwargs: Any) -> None:
-    """Write the recovered checkpoint: `start` with what the last stage made of its condensed layers.
+    """Write the recovered checkpoint: `start` with the condensed layers of the last stage.
 
-    All other weights, the config and the dtype are those of `start`, also where it was quantised for training.
+    All other weights, the config and the dtype are those of `start`, even if it was quantised for training.
 
     Args:
-        start (`str` or `Path`): The condensed checkpoint that the first stage began with.
-        output_dir (`Path`): Where to write to; the stages' folders are in it.
-        done (`Sequence[StageSummary]`): The stages' outcomes, for the config and the model card.
+        start (`str` or `Path`): The condensed checkpoint at the start of the first stage.
+        output_dir (`Path`): The output folder, with the stages' folders in it.
+        done (`Sequence[StageSummary]`): The stages' results, for the config and the model card.
         merge (`bool`): Whether an adapter is merged into the weights, or kept as an adapter of `start`.
         **model_kwargs: `revision`, `trust_remote_code` and the like.
     """

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for a condensed model: only the condensed layers learn."""
+"""TRL's SFTTrainer for condensed models: only the condensed layers are trained."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ logger = logging.get_logger(__name__)
 
 
 class CondensedSFTTrainer(SFTTrainer):
-    """`trl.SFTTrainer` that trains the condensed layers of a model, or LoRA on them, and nothing else.
+    """A `trl.SFTTrainer` that trains only the condensed layers of a model, or LoRA on them.
 
-    Besides, it keeps what is trained in float32 (half precision would round most of a small update away), counts the
-    rows that TRL drops for their length, weighs every held-out token alike, gives the same result for any number of
-    processes with the same rows per step, and resumes from a checkpoint by reading the condensed layers' weights alone:
-    the rest never changes.
+    It also keeps the trained weights in float32 (half precision would round most of a small update away), counts the
+    rows that TRL drops for their length, gives every held-out token the same weight, computes the same result for any
+    number of processes with the same rows per step, and reads only the condensed layers' weights when it resumes from a
+    checkpoint: the others never change.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): A condensed model. Of a quantised one, the condensed layers must not
-            be quantised (see `quantised_around_condensed`), unless LoRA is put on them.
+        model (`PreTrainedModel` or `PeftModel`): A condensed model. If it is quantised, its condensed layers must not
+            be (see `quantised_around_condensed`), unless they have LoRA.
         *args: As for `trl.SFTTrainer`.
         **kwargs: As for `trl.SFTTrainer`.
-        peft_config (`PeftConfig`, *optional*): LoRA or the like; without `target_modules`, it goes on the condensed
-            layers' projections.
-        distillation (`Distillation`, *optional*): The sparse model as teacher.
+        peft_config (`PeftConfig`, *optional*): LoRA or the like. Its default `target_modules` are the condensed layers'
+            projections.
+        distillation (`Distillation`, *optional*): Distillation from the sparse model.
 
     Raises:
         ValueError: if the model is not condensed, or if there is nothing to train.
@@ -85,7 +85,7 @@ class CondensedSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss and, in training, the share of distillation."""
+        """Compute TRL's loss and, in training, add the distillation loss."""
         if self.distillation is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
@@ -94,7 +94,7 @@ class CondensedSFTTrainer(SFTTrainer):
         with self.accelerator.autocast():
             rest = {name: value for name, value in inputs.items() if name != "labels"}
             distance = self.distillation.loss(seen, rest, labels)
-        # Normalised as TRL normalises its own: by the tokens of all processes and accumulation steps, where known.
+        # Normalised like TRL's loss: by the tokens of all processes and accumulation steps, if known.
         if num_items_in_batch is None:
             distance = distance / (labels[:, 1:] != -100).sum().clamp_min(1)
         else:
@@ -108,11 +108,11 @@ class CondensedSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Prepare data as TRL does, and count the rows that it drops: nothing to learn is left in `max_length`."""
+        """Prepare data as TRL, and count the rows that it drops: those without anything to learn in `max_length`."""
         rest = (formatting_func, dataset_name)
         self.dropped_rows[dataset_name] = 0
-        # Packing by "bfd" cuts rows at `max_length` as well, but keeps those with nothing left to learn: they are
-        # dropped before. Other strategies neither cut nor drop.
+        # "bfd" packing truncates rows at `max_length` too, but keeps rows without anything left to learn: drop these
+        # first. Other strategies neither truncate nor drop.
         if packing and args.packing_strategy != "bfd":
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         before = len(dataset) if hasattr(dataset, "__len__") else None
@@ -121,8 +121,8 @@ class CondensedSFTTrainer(SFTTrainer):
         if dropped:
             self.dropped_rows[dataset_name] = dropped
             logger.warning(
-                f"{dropped} of {before} rows of the {dataset_name} data are dropped: nothing to learn is left in "
-                f"their first {args.max_length} tokens. A larger `max_length` keeps them."
+                f"{dropped} of {before} rows of the {dataset_name} data are dropped: their first {args.max_length} "
+                "tokens have nothing to learn. A larger `max_length` keeps them."
             )
         if dropped == before:
             raise ValueError(f"No row of the {dataset_name} data is left: set a larger `max_length`.")
@@ -139,7 +139,7 @@ class CondensedSFTTrainer(SFTTrainer):
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as `Trainer` does, but with the loss's mean over tokens, not over batches of unequal size."""
+        """Evaluate as `Trainer`, but with the mean loss over tokens instead of batches of unequal size."""
         self._held_out_sum = [0.0, 0.0]
         output = super().evaluation_loop(*args, **kwargs)
         total, tokens = self._held_out_sum
@@ -148,20 +148,20 @@ class CondensedSFTTrainer(SFTTrainer):
         return output
 
     def load_result(self, folder: Path) -> None:
-        """Begin with the weights or the adapter that another stage of training saved."""
+        """Load the weights or the adapter saved by an earlier stage."""
         model: Any = self.model
         if is_peft_model(model):
             model.load_adapter(str(folder), "default", is_trainable=True)
         else:
             load_condensed_weights(self._inside, folder)
-        if getattr(self._inside, "is_quantized", False):  # as TRL rounds what is trained around quantised weights
+        if getattr(self._inside, "is_quantized", False):  # as TRL rounds trained weights beside quantised ones
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.bfloat16().float()
 
     @property
     def _inside(self) -> Any:
-        """The condensed model itself, of one that PEFT may have wrapped."""
+        """The condensed model, without a PEFT wrapper."""
         return unwrap_peft_model(self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -177,15 +177,15 @@ class CondensedSFTTrainer(SFTTrainer):
             super()._load_best_model()
 
     def _checkpoints_are_plain(self) -> bool:
-        """Whether checkpoints are those of `save_pretrained`: no adapters, not sharded by FSDP or DeepSpeed."""
+        """Return whether checkpoints are those of `save_pretrained`, not adapters or shards of FSDP or DeepSpeed."""
         return not (is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 def fill_up(dataset: Any, multiple: int) -> Any:
-    """Add rows without labels to a prepared dataset, so that its length is a multiple of the rows per step.
+    """Pad a prepared dataset with rows without labels, to a multiple of the rows per step.
 
-    The last step would otherwise see some rows twice if there are several processes, and so give another result than
-    one process does. A dataset without a length, or None, is returned as it is.
+    With several processes, the last step would otherwise use some rows twice, with another result than with one
+    process. A dataset without a length, or None, is returned unchanged.
     """
     if not isinstance(dataset, Dataset) or len(dataset) % multiple == 0:
         return dataset
@@ -197,7 +197,7 @@ def fill_up(dataset: Any, multiple: int) -> Any:
 
 @contextmanager
 def _trainable_although_quantised(model: Any, has_adapters: bool) -> Iterator[None]:
-    """Let `Trainer` accept a quantised model without adapters: `unfreeze_condensed` found weights to train in it."""
+    """Make `Trainer` accept a quantised model without adapters, after `unfreeze_condensed` found weights to train."""
     hides = getattr(model, "is_quantized", False) and not has_adapters
     if hides:
         model.is_quantized = False

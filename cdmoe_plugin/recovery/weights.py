@@ -1,4 +1,4 @@
-"""The condensed layers' weights, which are all that a stage of training hands on."""
+"""The weights of the condensed layers, the only ones that stages of training change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model.lookup import condensed_layers
 
 
 def condensed_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters of the condensed layers' MLPs, named as in `model.named_parameters()`.
+    """Return the parameters of the condensed layers' MLPs, named as in `model.named_parameters()`.
 
     Raises:
         ValueError: if the model is not condensed.
@@ -26,21 +26,21 @@ def condensed_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load_condensed_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the condensed layers' weights from a checkpoint into a model, each in the dtype that it has there.
+    """Copy the condensed layers' weights from a checkpoint into a model, keeping the model's dtypes.
 
-    Everything else of the checkpoint is ignored: recovery never changes it. `Trainer` would read all of it, under the
-    names that modules have in memory and not on disk, and only warn where these differ.
+    All other weights are ignored: recovery never changes them. `Trainer` would read all weights by their names in
+    memory instead of those on disk, and only warn if these differ.
 
     Args:
         model (`PreTrainedModel`): The condensed model.
-        folder (`Path`): A checkpoint in safetensors that `save_pretrained` wrote.
+        folder (`Path`): A checkpoint in safetensors, written by `save_pretrained`.
 
     Raises:
         ValueError: if a condensed weight is not in the checkpoint or has another shape; the model is then unchanged.
     """
     parameters = condensed_parameters(model)
     handles = [safe_open(file, framework="pt", device="cpu") for file in sorted(folder.glob("model*.safetensors"))]
-    places = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118  (a handle is no dict)
+    places = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118  (a handle is not a dict)
     tensors: dict[str, Any] = {}
     for name, parameter in parameters.items():
         key = next(iter(revert_weight_conversion(model, {name: parameter})))
@@ -48,7 +48,7 @@ def load_condensed_weights(model: PreTrainedModel, folder: Path) -> None:
             found = list(places[key].get_slice(key).get_shape()) if key in places else "nothing"
             raise ValueError(
                 f"The checkpoint {folder} should have {key!r} of shape {list(parameter.shape)}, but has {found}: it is "
-                "not whole, or belongs to another model."
+                "incomplete, or belongs to another model."
             )
         tensors[name] = places[key].get_tensor(key)
     for name, parameter in parameters.items():

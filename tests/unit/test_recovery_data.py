@@ -120,7 +120,7 @@ def test_held_out_rows_of_their_own_must_have_text() -> None:
     ("rows", "message"),
     [
         ([{"question": "a", "answer": "b"}] * 4, r"columns \['question', 'answer'\].*`prompt` and `completion`"),
-        ([{"instruction": "a", "output": 3}] * 4, "`output`.*should hold text, but holds int64"),
+        ([{"instruction": "a", "output": 3}] * 4, "`output`.*should be text, but is int64"),
         ([{"instruction": "a"}] * 4, "`instruction` and `output`"),
         ([{"text": ""}] * 4, "at least two"),
         ([{"text": "a"}], "at least two"),
