@@ -1,10 +1,9 @@
-"""Makes `lm_eval --model cdmoe` known to lm-eval releases that do not look for plugins yet (0.4.13 and before).
+"""A bridge to lm-eval releases without plugins (0.4.13 and earlier), for `lm_eval --model cdmoe`.
 
-A bridge, and no part of the package `cdmoe_plugin`: `cdmoe_plugin_lm_eval.pth` runs `install` whenever Python starts,
-so this module imports only what Python itself has imported by then, and stays out of the way until somebody imports
-`lm_eval.models`. It then stores one name in lm-eval's registry; `cdmoe_plugin` itself is imported when that model is
-asked for. A release of lm-eval that reads the entry point group `lm_eval.models` finds the model there, and nothing is
-stored.
+It is not part of the package `cdmoe_plugin`. `cdmoe_plugin_lm_eval.pth` runs `install` whenever Python starts, so this
+module imports only what Python itself has imported by then, and does nothing until `lm_eval.models` is imported. It
+then adds one name to lm-eval's registry; `cdmoe_plugin` itself is imported when that model is used. A release of
+lm-eval that reads the entry point group `lm_eval.models` finds the model there, and nothing is added.
 
 Setting the environment variable `CDMOE_NO_LM_EVAL_HOOK` switches it off.
 """
@@ -12,7 +11,7 @@ Setting the environment variable `CDMOE_NO_LM_EVAL_HOOK` switches it off.
 import os
 import sys
 
-TYPE_CHECKING = False  # as `typing` has it, which would be imported for nothing
+TYPE_CHECKING = False  # like `typing.TYPE_CHECKING`, without the import
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -25,7 +24,7 @@ _AFTER = "lm_eval.models"
 
 
 def install() -> None:
-    """Has `register` called as soon as `lm_eval.models` has been imported."""
+    """Arrange that `register` is called as soon as `lm_eval.models` has been imported."""
     if os.environ.get(SWITCH):
         return
     if _AFTER in sys.modules:
@@ -35,10 +34,9 @@ def install() -> None:
 
 
 def register() -> None:
-    """Tells lm-eval's registry where the model is, unless it knows or finds that out itself.
+    """Add the model to lm-eval's registry, unless it is there already or lm-eval reads entry points.
 
-    Before the module `lm_eval.models` has run, this would do harm: lm-eval registers its own models only while the
-    registry is empty.
+    Only call it after `lm_eval.models` has run: lm-eval registers its own models only while the registry is empty.
     """
     try:
         from lm_eval.api import registry
@@ -46,15 +44,14 @@ def register() -> None:
         if not hasattr(registry, "load_plugins") and NAME not in registry.model_registry:
             registry.model_registry.register(NAME, target=TARGET)
     except Exception:
-        # A release with another registry is no reason to break `import lm_eval`; without this line in the registry it
-        # says by itself that it knows no such model.
+        # A release with another registry must not break `import lm_eval`. It will report an unknown model itself.
         import logging
 
         logging.getLogger("lm_eval").debug("cdmoe could not be registered", exc_info=True)
 
 
 class _AfterImport:
-    """A finder that leaves finding to the others, and calls `register` when one module has been executed."""
+    """A finder that uses the other finders, and calls `register` after one module has been executed."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -77,13 +74,13 @@ def _call_after_execution(spec: "ModuleSpec", finder: _AfterImport) -> None:
 
     def exec_module(module: "ModuleType") -> None:
         execute(module)
-        # Only now, as a mere search for the module would otherwise use the finder up.
+        # Only now: the module may be searched for without being imported.
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
         register()
 
     try:
-        # On the loader itself rather than in a loader of our own, so that everything else that it can do stays.
+        # On the loader itself rather than in a loader of our own, to keep all its other methods.
         spec.loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
     except AttributeError:
         return

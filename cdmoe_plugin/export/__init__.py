@@ -1,1 +1,1 @@
-"""Checkpoints for readers that do not know condensed models."""
+"""Export of condensed models to checkpoints that open without this package."""

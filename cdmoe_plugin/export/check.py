@@ -1,4 +1,4 @@
-"""Tell whether a condensed model could be exported, from a checkpoint's config alone, before any search."""
+"""The check whether a condensed model can be exported, from a checkpoint's config alone, before any search."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def check_export(
     approximate: bool = False,
     **hub: Any,
 ) -> None:
-    """Check that what a plan or a search will make of a checkpoint can be exported by `export_stock`.
+    """Check that the result of a plan or a search can be exported by `export_stock`.
 
-    Where a search will choose the layers, each must be one that could be dense: the first, the middle and the last
-    sparse layer are tried. What dense layers of the base architecture compute is seen by `export_stock` only.
+    If a search will choose the layers, any of them must be able to be dense: the first, the middle and the last sparse
+    layer are tried. The function of the base architecture's dense layers is checked by `export_stock` only.
 
     Args:
         model_name_or_path (`str` or `os.PathLike`): Hub name or folder of a sparse checkpoint; no weight is read.
-        request (`CondensePlan` or `CondenseConfig`): What will be condensed.
+        request (`CondensePlan` or `CondenseConfig`): The plan, or the config of the search.
         approximate (`bool`, defaults to `False`): As in `export_stock`.
         **hub: `revision`, `trust_remote_code` and the like.
 
@@ -43,7 +43,7 @@ def check_export(
     sketch, blocks = sketch_model(model_name_or_path, hub)
     check_request(request, sketch, blocks)
     form = FORMS[request.form]
-    if not isinstance(form, Replacing):  # the model stays one of its architecture
+    if not isinstance(form, Replacing):  # the model keeps its architecture
         return
     layers = _known_layers(request, blocks)
     if form.keeps_experts and not approximate:
@@ -58,15 +58,15 @@ def check_export(
             stock_model_of(_condensed_sketch(model_name_or_path, opening, request, [layer]))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
-                f"{error} A search may choose such layers: where the config can say others, name these in `layers`."
+                f"{error} A search may choose such layers: choose others with `layers` if the config can describe them."
             ) from error
 
 
 def refuse_gates(layers: Sequence[int], model_type: str) -> None:
-    """Raises where shared experts of condensed layers have a gate per token, for an export that is to be exact.
+    """Refuse an exact export of layers whose shared experts have a gate per token.
 
     Args:
-        layers (`Sequence[int]`): The decoder layers that have one.
+        layers (`Sequence[int]`): The decoder layers with such a gate.
         model_type (`str`): The base architecture.
 
     Raises:
@@ -76,12 +76,12 @@ def refuse_gates(layers: Sequence[int], model_type: str) -> None:
         raise UnsupportedModelError(
             f"The decoder layers {list(layers)} scale their shared expert by a gate per token, which dense layers of "
             f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate`) replaces it by its "
-            "mean over calibration tokens, and measures what that costs; the condensed checkpoint keeps it."
+            "mean over calibration tokens and measures the error; the condensed checkpoint keeps the gate."
         )
 
 
 def _known_layers(request: CondensePlan | CondenseConfig, blocks: Sequence[SparseBlock]) -> list[int] | None:
-    """The layers that will be condensed; None where a search decides."""
+    """List the layers that will be condensed; None if a search chooses them."""
     if isinstance(request, CondensePlan):
         return [row.layer for row in request.layers]
     if request.layers is None and request.num_layers >= len(blocks):
@@ -93,6 +93,6 @@ def _condensed_sketch(
     path: str | os.PathLike, opening: dict[str, Any], request: CondensePlan | CondenseConfig, layers: Sequence[int]
 ) -> PreTrainedModel:
     """Build the model on the meta device with these layers condensed."""
-    sketch, blocks = sketch_model(path, copy.deepcopy(opening))  # becoming condensed changes the config
+    sketch, blocks = sketch_model(path, copy.deepcopy(opening))  # a copy: condensing changes the config
     FORMS[request.form].sketch(sketch, blocks, experts_per_layer(request, layers, blocks))
     return sketch

@@ -1,6 +1,6 @@
-"""How configs of transformers say which decoder layers are dense: each way by the fields that it takes.
+"""The ways in which configs of transformers mark decoder layers as dense.
 
-Nothing here is relied on: `stock_config` builds the model from the edited config and looks.
+None of this is trusted: `stock_config` builds the model from the edited config and compares it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Marker:
-    """One way of a config to name dense layers.
+    """One way in which a config marks dense layers.
 
     Args:
-        fields (`tuple[str, ...]`): Config fields that it takes, all of which a config must have.
-        can_say (`str`): Which sets of layers can be named, for messages.
-        update (`Callable`): From config, dense layers and number of all layers to the fields that change; None if
-            these layers can't be named.
+        fields (`tuple[str, ...]`): The config fields, all of which a config must have.
+        possible (`str`): The sets of layers that can be marked, for messages.
+        update (`Callable`): From config, dense layers and number of all layers to the fields that change; None if these
+            layers can't be marked.
     """
 
     fields: tuple[str, ...]
-    can_say: str
+    possible: str
     update: Callable[[Any, Set[int], int], dict[str, Any] | None]
 
 
@@ -31,13 +31,13 @@ def _by_list(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
     if len(kinds) != total:
         return None
     fields = {"mlp_layer_types": ["dense" if i in dense else kind for i, kind in enumerate(kinds)]}
-    # Some configs keep this one beside the list, for other readers.
+    # Some configs also have this field, for other readers.
     prefix = _by_prefix("first_k_dense_replace").update(config, dense, total)
     return fields | prefix if prefix and hasattr(config, "first_k_dense_replace") else fields
 
 
 def _by_block_type(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
-    # The layers of a hybrid are of one kind each: attention, state space, experts, or a dense MLP.
+    # Each layer of a hybrid has one kind: attention, state space, experts, or a dense MLP.
     kinds = config.layers_block_type
     if any(kinds[i] not in ("moe", "mlp") for i in dense):
         return None
@@ -56,7 +56,7 @@ def _by_prefix(name: str) -> Marker:
     def update(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
         return {name: len(dense)} if dense == set(range(len(dense))) else None
 
-    return Marker((name,), "that the first layers are dense", update)
+    return Marker((name,), "the first layers", update)
 
 
 def _by_prefix_and_period(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def _by_range(config: Any, dense: Set[int], total: int) -> dict[str, Any] | None
                 if dense == {i for i in range(total) if not start <= i <= end or (i + 1) % period}:
                     names = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
                     return dict(zip(names, (start, end, period), strict=True))
-    # Without a sparse layer, the range is behind the last one.
+    # Without a sparse layer, the range begins after the last layer.
     return {"moe_layer_start_index": total, "moe_layer_end_index": total} if len(dense) == total else None
 
 
@@ -93,26 +93,22 @@ def _by_no_experts(config: Any, dense: Set[int], total: int) -> dict[str, Any] |
 
 
 MARKERS = (
-    Marker(("mlp_layer_types",), "that any layers are dense", _by_list),
-    Marker(("layers_block_type",), "of layers of experts that they are dense", _by_block_type),
-    Marker(("mlp_only_layers",), "that any layers are dense", _by_indices),
-    Marker(("moe_layers",), "that any layers are dense", _by_sparse_indices),
+    Marker(("mlp_layer_types",), "any layers", _by_list),
+    Marker(("layers_block_type",), "layers of experts", _by_block_type),
+    Marker(("mlp_only_layers",), "any layers", _by_indices),
+    Marker(("moe_layers",), "any layers", _by_sparse_indices),
     Marker(
         ("first_k_dense_replace", "moe_layer_freq"),
-        "that the first layers are dense, and of the others all but each n-th",
+        "the first layers, and all but every n-th of the others,",
         _by_prefix_and_period,
     ),
     _by_prefix("first_k_dense_replace"),
     _by_prefix("num_dense_layers"),
     Marker(
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
-        "that the first and the last layers are dense, and of the others all but each n-th",
+        "the first and the last layers, and all but every n-th of the others,",
         _by_range,
     ),
-    Marker(
-        ("expert_layer_period", "expert_layer_offset"),
-        "that all layers are dense, or all but each n-th",
-        _by_period,
-    ),
-    Marker(("num_local_experts", "shared_intermediate_size"), "that all layers are dense", _by_no_experts),
+    Marker(("expert_layer_period", "expert_layer_offset"), "all layers, or all but every n-th,", _by_period),
+    Marker(("num_local_experts", "shared_intermediate_size"), "all layers", _by_no_experts),
 )

@@ -1,4 +1,4 @@
-"""Writes a condensed model as a checkpoint of its base architecture, which needs no package to be opened."""
+"""Export of a condensed model to a checkpoint of its base architecture, which opens without this package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .stock_config import StockModel, stock_model_of
 logger = logging.get_logger(__name__)
 
 _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# How far the last hidden states may be apart, relative to their length, at half of the tokens: sums over a padded width
+# Maximum difference of the last hidden states, relative to their norm, at half of the tokens: sums over a padded width
 # are rounded in another order, and in half precision a token may then be routed to another expert.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 5e-2
@@ -50,13 +50,13 @@ class StockExport:
     Args:
         model_type (`str`): Model type of the checkpoint.
         fields (`dict[str, Any]`): Fields of the base architecture's config that differ from the sparse model's.
-        dense_width (`int`, *optional*): Width of all dense MLPs; None where no layer was condensed.
-        parameters (`int`): Parameters of the checkpoint, with the zeros that pad narrower layers.
+        dense_width (`int`, *optional*): Width of all dense MLPs; None if no layer was condensed.
+        parameters (`int`): Parameters of the checkpoint, including zeros that pad narrower layers.
         parameters_before (`int`): Parameters of the condensed model.
-        shared_gates (`dict[int, float]`): What replaces the per-token gate of the shared expert, by decoder layer;
-            empty where the checkpoint is exact.
-        divergence (`float`, *optional*): Where it is not: mean over the calibration tokens of the Jensen-Shannon
-            divergence (nats) between the outputs of the condensed model and of the checkpoint.
+        shared_gates (`dict[int, float]`): The constants that replace per-token gates of shared experts, by decoder
+            layer; empty if the checkpoint is exact.
+        divergence (`float`, *optional*): Jensen-Shannon divergence between the outputs of the condensed model and of
+            the checkpoint, mean over the calibration tokens, in nats; None if the checkpoint is exact.
     """
 
     model_type: str
@@ -78,21 +78,20 @@ def export_stock(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
 ) -> StockExport:
-    """Writes a model as a checkpoint of its base architecture, in which condensed layers are plain dense ones.
+    """Write a model as a checkpoint of its base architecture, in which condensed layers are plain dense ones.
 
-    transformers opens it without this package, and so does whatever else goes by the same fields of the config. All
-    dense layers of an architecture share one width there; narrower ones, trimmed ones too, are padded with neurons
-    whose weights are zeros, which changes nothing but the order of rounding. A model whose blocks were trimmed is of
-    its own architecture anyway, and is written as it is. A model card tells where the checkpoint comes from, with the
-    base model's license.
+    transformers opens the checkpoint without this package, and so do other programs that read the same config fields.
+    All dense layers of an architecture share one width there; narrower ones, and trimmed ones, are padded with neurons
+    of weight zero, which changes only the order of rounding. A model with trimmed blocks has its base architecture
+    already and is written unchanged. The model card names the base model and its license.
 
     Args:
-        model (`PreTrainedModel`): A condensed or trimmed model in memory, on one device; it is not changed.
-        folder (`str` or `os.PathLike`): Folder to write to, which must not hold a condensed checkpoint. It stays as it
-            was where anything is refused or fails.
+        model (`PreTrainedModel`): A condensed or trimmed model in memory, on one device. It is not changed.
+        folder (`str` or `os.PathLike`): Output folder, which must not have a condensed checkpoint in it. It is
+            unchanged if the export is refused or fails.
         approximate (`bool`, defaults to `False`): Whether the per-token gate of a shared expert (Qwen1.5-MoE), which a
-            dense layer does not have, may be replaced by its mean over the calibration tokens. What this costs is
-            measured, logged and returned.
+            dense layer does not have, may be replaced by its mean over the calibration tokens. The error is measured,
+            logged and returned.
         config (`CondenseConfig`, *optional*): Number and length of the samples, batch size and seed; used for such
             gates only.
         calibration (*optional*): As in `search_plan`; used for such gates only.
@@ -100,13 +99,13 @@ def export_stock(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): As in `save_pretrained`.
 
     Returns:
-        `StockExport`: What was written.
+        `StockExport`: The description of the checkpoint.
 
     Raises:
-        UnsupportedModelError: if the base architecture can't say that just these layers are dense, or if it computes
-            something else than a condensed layer there. The message names the field, the layers and what to do.
-        ValueError: if the model can't be exported as it is loaded, if it is exact only with `approximate`, or if the
-            folder holds a condensed checkpoint.
+        UnsupportedModelError: if a config of the base architecture can't mark exactly these layers as dense, or if the
+            architecture's dense layers compute something else. The message names the field, the layers and what to do.
+        ValueError: if the model can't be exported in the form in which it is loaded, if an exact export is not
+            possible without `approximate`, or if the folder has a condensed checkpoint in it.
     """
     _check_request(model, folder)
     if not isinstance(model, CondensedModelMixin):
@@ -173,36 +172,37 @@ def _write(
 def _check_request(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}; of a wrapped model "
-            "(PEFT, DDP), pass the one inside, with its adapters merged."
+            f"`model` should be a loaded PreTrainedModel, but is a {type(model).__name__}. If it wraps a model (PEFT, "
+            "DDP), pass the model inside, with its adapters merged."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model has adapters, which are not part of its layers: merge them before the export.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            "The model is quantised: export it as it was before, and quantise the exported checkpoint as it is opened."
+            "The model is quantised: export it without quantisation, and quantise the exported checkpoint on loading."
         )
     devices = {parameter.device for parameter in model.parameters()}
     if isinstance(model, CondensedModelMixin) and (is_offloaded(model) or len(devices) > 1):
         raise ValueError(
-            f"The model's weights are on {sorted(map(str, devices))}: open it whole on one, such as `device_map='cpu'`."
+            f"The model's weights are on {sorted(map(str, devices))}: load it on one device, such as "
+            "`device_map='cpu'`."
         )
     for name in (MODELING_FILE, "condense_plan.json"):
         if (Path(folder) / name).exists():
-            raise ValueError(f"`folder` {folder} has a {name}: it holds a condensed checkpoint. Choose another folder.")
+            raise ValueError(f"`folder` {folder} has a {name}: it is a condensed checkpoint. Choose another folder.")
 
 
 def _warn_of_other_readers(described: StockModel) -> None:
     if hasattr(described.config, "first_k_dense_replace") and "first_k_dense_replace" not in described.fields:
         logger.warning(
             f"`mlp_layer_types` of the exported config names the dense layers {sorted(described.places)}, which its "
-            f"`first_k_dense_replace` ({described.config.first_k_dense_replace}) can't. Whatever reads only the latter "
-            "will misread this checkpoint."
+            f"`first_k_dense_replace` ({described.config.first_k_dense_replace}) can't. Programs that read only the "
+            "latter will misread this checkpoint."
         )
 
 
 def _mean_gates(model: PreTrainedModel, gated: Mapping[int, nn.Linear], data: Calibration) -> dict[int, float]:
-    """Mean over the calibration tokens of what scales the shared expert, by decoder layer."""
+    """Compute the mean gate of the shared expert over the calibration tokens, by decoder layer."""
     sums = dict.fromkeys(gated, 0.0)
     mask = torch.ones(0)
 
@@ -225,7 +225,7 @@ def _mean_gates(model: PreTrainedModel, gated: Mapping[int, nn.Linear], data: Ca
 
 
 def _outputs(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Logits (last hidden states without such a head) of the tokens that are no padding: `[T, V]`."""
+    """Compute the logits `[T, V]` (last hidden states without a head) of the tokens that are not padding."""
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         model = model.base_model
     device = next(model.parameters()).device
@@ -234,10 +234,10 @@ def _outputs(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def _build(model: PreTrainedModel, described: StockModel, gates: Mapping[int, float]) -> PreTrainedModel:
-    """The base architecture's model: its dense MLPs are new, all else is shared with the condensed model."""
+    """Build the base architecture's model: its dense MLPs are new, all else is shared with the condensed model."""
     config = copy.deepcopy(described.config)
     config._attn_implementation = model.config._attn_implementation
-    # Some modules draw random numbers as they are made, and the caller's must stay as they were.
+    # Some modules draw random numbers when they are made, which must not change the caller's.
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
         stock = type(model)._base_class(config)  # type: ignore[attr-defined]
     for layer, (source_name, target_name) in described.places.items():
@@ -259,7 +259,7 @@ def _build(model: PreTrainedModel, described: StockModel, gates: Mapping[int, fl
 
 
 def _fill(target: nn.Module, source: nn.Module, gate: float | None) -> None:
-    """Copies a gated MLP into a wider one; neurons that it lacks are zeros, and so is an MLP that was trimmed."""
+    """Copy a gated MLP into a wider one, with zeros for missing neurons or a trimmed MLP."""
     for parameter in target.parameters():
         parameter.zero_()
     wide, weights = read_gated_mlp(target), read_gated_mlp(source)
@@ -281,7 +281,7 @@ def _fill(target: nn.Module, source: nn.Module, gate: float | None) -> None:
 
 @contextmanager
 def _constant_gates(gated: Mapping[int, nn.Linear], gates: Mapping[int, float]) -> Iterator[None]:
-    """Makes condensed MLPs compute what they are exported as."""
+    """Replace the per-token gates of condensed MLPs by constants inside the context."""
     handles = []
     for layer, gate in gates.items():
         logit = torch.logit(torch.tensor(gate, dtype=torch.float64))
@@ -295,14 +295,14 @@ def _constant_gates(gated: Mapping[int, nn.Linear], gates: Mapping[int, float]) 
 
 
 def _check_same(model: PreTrainedModel, stock: PreTrainedModel) -> None:
-    """Checks the last hidden states of both on a few tokens: that classes and shapes agree says little of functions."""
+    """Compare the last hidden states of both on a few tokens, as equal classes and shapes do not imply the function."""
     batch = TokenBatch.random(model)
     expected, found = (_outputs(each.base_model, batch).double() for each in (model, stock))
     error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
     if not error <= _TOLERANCE.get(model.dtype, _HALF_TOLERANCE):
         raise UnsupportedModelError(
-            f"model type {stock.config.model_type!r} computes something else where its config says that a layer is "
-            f"dense: the last hidden states differ by {error:.1e}, relatively. Keep the condensed checkpoint."
+            f"model type {stock.config.model_type!r} computes something else in its dense layers: the last hidden "
+            f"states have a relative difference of {error:.1e}. Keep the condensed checkpoint."
         )
 
 

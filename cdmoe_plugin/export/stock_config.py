@@ -1,7 +1,7 @@
-"""How a config of the base architecture says which of its decoder layers are dense, and what it then builds.
+"""The config of the base architecture with which a condensed model's layers are dense.
 
-Architectures name dense layers in different ways, and many can name only some sets of layers, or none. Whatever way a
-config seems to have: once edited, it builds the model on the meta device, and that is compared with the condensed one.
+Architectures mark dense layers in different ways, and many can mark only some sets of layers, or none. To be sure, the
+edited config builds the model on the meta device, which is compared with the condensed one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..checks import is_out_of_memory
 from ..model.layers_cdmoe import CondensedMLP, Trimmed
 from .dense_markers import MARKERS, Marker
 
-# Fields that may hold the width of dense MLPs.
+# Config fields that may be the width of dense MLPs.
 _WIDTH_FIELDS = (
     "dense_intermediate_size",
     "intermediate_size_mlp",
     "shared_intermediate_size",
     "intermediate_size",
 )
-# How configs, and the models that are built from them, refuse fields that they do not understand.
+# Errors that configs, and the models built from them, raise for fields that they do not support.
 _REFUSALS = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-# What a condensed config adds, or says of itself.
+# Fields that only a condensed config has, or in which it differs.
 _CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
 _ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
 
@@ -41,10 +41,10 @@ class StockModel:
 
     Args:
         config (`PreTrainedConfig`): The base architecture's own config.
-        fields (`dict[str, Any]`): Those of its fields that changed, with their new values.
+        fields (`dict[str, Any]`): Its changed fields, with their new values.
         width (`int`): Width of all dense MLPs.
-        places (`dict[int, tuple[str, str]]`): Dense MLPs by decoder layer: the name in the base model of what is
-            copied, and that of where to.
+        places (`dict[int, tuple[str, str]]`): Dense MLPs by decoder layer: their name in the condensed base model, and
+            that in the exported one.
     """
 
     config: Any
@@ -54,11 +54,11 @@ class StockModel:
 
 
 class _Mismatch(Exception):
-    """Why a config does not build what is needed."""
+    """The reason why a config does not build the expected model."""
 
 
 def stock_model_of(model: Any) -> StockModel:
-    """Finds the config of the base architecture that builds a condensed model with plain dense layers.
+    """Find the config of the base architecture that builds a condensed model with plain dense layers.
 
     Nothing is computed, and no weight is read.
 
@@ -71,7 +71,7 @@ def stock_model_of(model: Any) -> StockModel:
     specs: dict[str, Any] = model.config.condense_config["condensed_layers"]
     config = model.config
     base_type = type(model)._base_class.config_class.model_type
-    what = f"the config of model type {base_type!r} can't say this condensed model"
+    what = f"the config of model type {base_type!r} can't describe this condensed model"
     if config.get_text_config() is not config:
         raise UnsupportedModelError(f"{what}: the decoder is part of a larger model. {_ADVICE}")
     sources = _dense_sources(model, specs)
@@ -83,7 +83,9 @@ def stock_model_of(model: Any) -> StockModel:
         update = marker.update(config, dense, total)
         named = " and ".join(f"`{name}`" for name in marker.fields)
         if update is None:
-            reasons.append(f"{named} can only say {marker.can_say}, {_what_lacks(marker, config, dense)}")
+            reasons.append(
+                f"{named} can only mark {marker.possible} as dense, {_missing_layers(marker, config, dense)}"
+            )
             continue
         for fields in _with_widths(config, update, width):
             try:
@@ -94,20 +96,21 @@ def stock_model_of(model: Any) -> StockModel:
             except _Mismatch as error:
                 reasons.append(f"with {named} changed, {error}")
     if not reasons:
-        reasons = ["it has no field that says that a layer is dense"]
+        reasons = ["it has no field for dense layers"]
     raise UnsupportedModelError(f"{what}: {'; '.join(dict.fromkeys(reasons))}. {_ADVICE}")
 
 
-def _what_lacks(marker: Marker, config: Any, dense: set[int]) -> str:
+def _missing_layers(marker: Marker, config: Any, dense: set[int]) -> str:
     total = config.num_hidden_layers
+    found = f"but the dense layers would be {sorted(dense)} of {total}"
     for more in (set(range(max(dense) + 1)), set(range(total))):
         if marker.update(config, more, total) is not None:
-            return f"but dense would be {sorted(dense)} of {total}: {sorted(more - dense)} would have to be, too"
-    return f"but dense would be {sorted(dense)} of {total}"
+            return f"{found}: {sorted(more - dense)} would have to be dense too"
+    return found
 
 
 def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
-    """The base architecture's model on the meta device, from what a file with these config fields would say."""
+    """Build the base architecture's model on the meta device, from a file with these config fields."""
     config = model.config
     values = {name: value for name, value in config.to_dict().items() if name not in _CONDENSED_FIELDS}
     values |= {config.attribute_map.get(name, name): value for name, value in fields.items()}
@@ -122,7 +125,7 @@ def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
 
 
 def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[dict[str, Any]]:
-    """The fields that change, with the width of dense MLPs in any of the fields that may hold it, or as it is."""
+    """Yield the changed fields with the width of dense MLPs in each field that may be it, and without a new width."""
     for name in _WIDTH_FIELDS:
         if isinstance(getattr(config, name, None), int):
             yield {**update, name: width}
@@ -130,7 +133,7 @@ def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[di
 
 
 def _dense_sources(model: PreTrainedModel, specs: dict[str, Any]) -> dict[int, nn.Module]:
-    """What is or becomes a dense MLP, by decoder layer: the condensed layers, and those that always were."""
+    """Find the dense MLPs by decoder layer: the condensed ones, and those that were always dense."""
     base: nn.Module = model.base_model
     layers_path, _, name = next(iter(specs.values()))["module"].rsplit(".", 2)
     sources: dict[int, nn.Module] = {}
@@ -147,14 +150,14 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def _weights(module: nn.Module) -> GatedWeights | None:
-    """Views of the weights of a dense MLP; None where it was trimmed."""
+    """Return views of the weights of a dense MLP; None if it was trimmed."""
     return None if isinstance(module, Trimmed) else read_gated_mlp(module)
 
 
 def _compare(
     model: PreTrainedModel, stock: PreTrainedModel, specs: dict[str, Any], sources: dict[int, nn.Module], width: int
 ) -> dict[int, tuple[str, str]]:
-    """Checks that `stock` is the condensed model with dense MLPs of one width; returns their old and new names."""
+    """Check that `stock` is the condensed model with dense MLPs of one width; return their old and new names."""
     names = {id(module): name for name, module in model.base_model.named_modules()}
     candidates = {}
     for layer, source in sources.items():
@@ -185,14 +188,14 @@ def _kind(module: nn.Module) -> str:
 
 
 def _refuse_differing(expected: dict[str, str], found: dict[str, str]) -> None:
-    """Raises where two descriptions of everything but the dense MLPs disagree."""
+    """Compare two descriptions of all modules but the dense MLPs."""
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise _Mismatch(f"{name} would be {found.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}")
 
 
 def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidates: list[str], width: int) -> str:
-    """Where a decoder layer of the stock model has its one dense MLP."""
+    """Find the name of the only dense MLP in a decoder layer of the stock model."""
     found = {}
     for name in candidates:
         try:
@@ -220,7 +223,7 @@ def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidat
 
 
 def _same_activation(source: CondensedMLP, target: nn.Module) -> bool:
-    """Whether a module has the activation, or has none that can be seen: what it computes is checked later."""
+    """Return whether a module has the same activation, or no visible one; its output is checked later."""
     acts = [getattr(target, name, None) for name in ("act_fn", "activation_fn", "activation", "act")]
     modules = [act for act in acts if isinstance(act, nn.Module)]
     return not modules or type(modules[0]) is type(source.act_fn)

@@ -1,1 +1,1 @@
-"""Entry points for lm-eval and vLLM."""
+"""The entry points for lm-eval and vLLM."""

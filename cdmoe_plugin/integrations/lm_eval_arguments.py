@@ -1,4 +1,4 @@
-"""What `--model_args` may hold beside the arguments of lm-eval's `hf`: a plan, a budget, a quantisation."""
+"""The entries of `--model_args` beside those of lm-eval's `hf`: a plan, a budget, a quantisation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..plan import CondensePlan
 
-# These open a checkpoint by other means than transformers' `from_pretrained`, or in a form that can't be folded.
+# These do not use transformers' `from_pretrained`, or load weights that can't be folded.
 _NOT_WITH_PLAN = ("autogptq", "gptqmodel", "gguf_file", "tp_plan")
 _BITSANDBYTES = frozenset(signature(BitsAndBytesConfig).parameters) - {"kwargs"}
 _UNEXPECTED = re.compile(r"__init__\(\) got an unexpected keyword argument '(\w+)'")
 
 
 def read_plan(plan: Any, num_layers: int | None, num_experts: int | None) -> CondensePlan | None:
-    """The plan of the arguments `plan`, `num_layers` and `num_experts`, cut to that budget; None without one.
+    """Read the arguments `plan`, `num_layers` and `num_experts`: a plan, cut to that budget; None without a plan.
 
     Raises:
-        ValueError: if there is a budget but no plan, if the plan is none, or if it holds less than the budget.
+        ValueError: if there is a budget but no plan, if the plan is not valid, or if the budget is larger.
         FileNotFoundError: if there is no plan at that path.
     """
     if plan is None:
@@ -34,18 +34,18 @@ def read_plan(plan: Any, num_layers: int | None, num_experts: int | None) -> Con
             if value is not None:
                 raise ValueError(
                     f"`{name}={value}` needs a plan to cut: add `plan=` with a condense_plan.json or a condensed "
-                    "checkpoint's folder, and let `pretrained` be the sparse base model."
+                    "checkpoint's folder, and set `pretrained` to the sparse base model."
                 )
         return None
     if isinstance(plan, (str, os.PathLike)):
         if not os.fspath(plan):
-            raise ValueError("`plan` is empty: name a condense_plan.json, or leave it out.")
+            raise ValueError("`plan` is empty: name a condense_plan.json, or leave `plan` out.")
         try:
             plan = CondensePlan.load(plan)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
                 f"`plan={os.fspath(plan)}`: there is no file {error.filename}. `plan` should be a condense_plan.json "
-                "or the folder of a condensed checkpoint, which holds one."
+                "or the folder of a condensed checkpoint with such a file."
             ) from error
     elif not isinstance(plan, CondensePlan):
         raise ValueError(f"`plan` should be a path or a CondensePlan, but is {plan!r}.")
@@ -53,7 +53,7 @@ def read_plan(plan: Any, num_layers: int | None, num_experts: int | None) -> Con
 
 
 def check_with_plan(pretrained: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuses what does not go with a plan.
+    """Check that the other arguments can be combined with a plan.
 
     Raises:
         ValueError: naming the argument.
@@ -61,30 +61,30 @@ def check_with_plan(pretrained: Any, arguments: Mapping[str, Any]) -> None:
     if not isinstance(pretrained, (str, os.PathLike)):
         raise ValueError(
             f"`plan` is for checkpoints, but `pretrained` is a {type(pretrained).__name__}: call "
-            "`cdmoe_plugin.apply_plan` on it, and leave `plan` out."
+            "`cdmoe_plugin.apply_plan` on it and leave `plan` out."
         )
     given = [name for name in _NOT_WITH_PLAN if arguments.get(name)]
     if given:
         raise ValueError(
-            f"`{given[0]}={arguments[given[0]]}` does not go with `plan`: condense and save first "
-            "(`condense_pretrained`, or recipes/condense.py), and evaluate the saved checkpoint."
+            f"`{given[0]}={arguments[given[0]]}` can't be combined with `plan`: condense and save the model first "
+            "(`condense_pretrained`, or `cdmoe condense`), and evaluate the saved checkpoint."
         )
 
 
 def pop_quantisation(arguments: dict[str, Any]) -> QuantizationConfigMixin | None:
-    """Takes `quantization_config`, or `load_in_4bit` and its kind, out of the arguments, as a config.
+    """Remove `quantization_config`, or `load_in_4bit` and similar ones, from the arguments and return a config.
 
-    transformers 5 knows `quantization_config` alone, and lm-eval 0.4.13 can't pass that on.
+    transformers 5 takes `quantization_config` only, which lm-eval 0.4.13 can't pass on.
 
     Raises:
-        ValueError: if both are given, or details of a quantisation that is not asked for.
+        ValueError: if both are given, or options of a quantisation that is not switched on.
     """
     config = arguments.pop("quantization_config", None)
     details = {name: arguments.pop(name) for name in sorted(_BITSANDBYTES & arguments.keys())}
     if config is not None and details:
-        raise ValueError(f"`quantization_config` and `{next(iter(details))}` were both given: say it in one of them.")
+        raise ValueError(f"`quantization_config` and `{next(iter(details))}` were both given: use one of them.")
     if details and not (details.get("load_in_4bit") or details.get("load_in_8bit")):
-        # `load_in_4bit=False` alone asks for nothing
+        # `load_in_4bit=False` alone has no effect
         names = [name for name, value in details.items() if value not in (None, False)]
         if names:
             raise ValueError(f"`{names[0]}` does nothing without `load_in_4bit=True` or `load_in_8bit=True`.")
@@ -97,23 +97,23 @@ def pop_quantisation(arguments: dict[str, Any]) -> QuantizationConfigMixin | Non
 
 
 def explain_unexpected(error: TypeError, own: Mapping[str, Any], known: Collection[str]) -> ValueError | None:
-    """What to tell about an argument that nobody knew, if that is what went wrong.
+    """Make an error for an unknown argument, or return None if the error has another cause.
 
-    transformers takes any argument that is a field of the model's config as one, so only it can tell, and does before
-    it reads weights.
+    transformers accepts every field of the model's config as an argument, so unknown arguments are only found there,
+    before weights are read.
 
     Args:
-        error (`TypeError`): What transformers raised.
-        own (`Mapping[str, Any]`): The arguments that it was given for want of anybody else.
-        known (`Collection[str]`): Names that may have been meant.
+        error (`TypeError`): The error raised by transformers.
+        own (`Mapping[str, Any]`): The arguments that only transformers could know.
+        known (`Collection[str]`): Names to suggest.
     """
     match = _UNEXPECTED.search(str(error))
     if match is None or match[1] not in own:
         return None
     name = match[1]
     close = difflib.get_close_matches(name, known, n=1)
-    meant = f" Was `{close[0]}` meant?" if close else ""
+    hint = f" Did you mean `{close[0]}`?" if close else ""
     return ValueError(
-        f"`--model_args` has the unknown argument `{name}={own[name]}`.{meant} Known are `plan`, `num_layers`, "
+        f"`--model_args` has the unknown argument `{name}={own[name]}`.{hint} Known are `plan`, `num_layers`, "
         "`num_experts`, the arguments of lm-eval's `hf`, those of `from_pretrained`, and fields of the model's config."
     )

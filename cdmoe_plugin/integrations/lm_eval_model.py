@@ -1,7 +1,7 @@
-"""`lm_eval --model cdmoe`: condensed checkpoints, and base models condensed by a plan, in lm-eval.
+"""The model of `lm_eval --model cdmoe`: condensed checkpoints, and base models condensed by a plan.
 
-Everything about evaluation is lm-eval's own `hf` model. This class changes how the weights are opened, shares work
-among processes where `hf` repeats it, and adds speed and memory to the results.
+Evaluation itself is that of lm-eval's `hf` model. This class loads the weights, shares work among processes where `hf`
+repeats it, and adds speed and memory to the results.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .measure import generation_speed, peak_memory, reset_peak_memory, weight_by
 logger = logging.getLogger("lm_eval.models.cdmoe")
 
 
-# Without lm-eval's `@register_model`: what finds this class is the entry point or the bridge, and the decorator takes
-# neither for the same as the class.
+# Without lm-eval's `@register_model`: the entry point or the bridge registers this class, and the decorator would
+# conflict with either.
 class CDMoELM(HFLM):
-    """lm-eval's `hf` for condensed models.
+    """The `hf` model of lm-eval for condensed models.
 
     Args:
         pretrained (`str`, `os.PathLike` or `PreTrainedModel`): A condensed checkpoint, or a sparse base model.
         plan (`str`, `os.PathLike` or `CondensePlan`, *optional*): A condense_plan.json, or the folder of a condensed
-            checkpoint: `pretrained` is a sparse base model, and is condensed while it is read.
+            checkpoint. `pretrained` is then a sparse base model, which is condensed while it is read.
         num_layers (`int`, *optional*): Condense only the plan's first layers.
         num_experts (`int`, *optional*): Keep only the plan's first experts of each layer.
         **kwargs: The arguments of `hf` (`dtype`, `peft`, `parallelize`, `batch_size`, ...), of `from_pretrained`, and
-            `quantization_config`. With a plan, a quantised model is condensed into a temporary folder first (see
-            `TMPDIR`), which takes as much disk as its weights before quantisation.
+            `quantization_config`. With a plan and quantisation, the condensed model is first saved to a temporary
+            folder (see `TMPDIR`), which takes as much disk space as its weights before quantisation.
 
     Raises:
-        ValueError: naming the argument that is wrong or unknown; before weights are read.
+        ValueError: naming the argument that is wrong or unknown, before weights are read.
         FileNotFoundError: if there is no plan at that path.
     """
 
@@ -73,15 +73,17 @@ class CDMoELM(HFLM):
             check_with_plan(pretrained, kwargs)
         self._quantisation = pop_quantisation(kwargs)
         if self._quantisation is not None and not isinstance(pretrained, str):
-            raise ValueError(f"`pretrained` is a loaded {type(pretrained).__name__}: it can't be quantised any more.")
-        # As lm-eval's command line does: the first GPU, or the CPU where there is none. `hf` in a script wants a GPU.
+            raise ValueError(
+                f"`pretrained` is a loaded {type(pretrained).__name__}, which can't be quantised any more."
+            )
+        # The default of lm-eval's command line: the first GPU, or the CPU without one. `hf` in a script requires a GPU.
         kwargs.setdefault("device", "cuda:0")
         super().__init__(pretrained, **kwargs)
         if isinstance(pretrained, str):
             self._share_work()
         reset_peak_memory(self.model)
         if kwargs.get("tp_plan") is not None:
-            # Every process must take part, and at the end only one of them is asked.
+            # Now, as all processes must take part: `get_model_info` is called in one of them only.
             _ = self._speed
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
@@ -91,12 +93,12 @@ class CDMoELM(HFLM):
             base = condensed.get("base_model") or "which its config does not name"
             raise ValueError(
                 f"`pretrained={pretrained}` is condensed already (decoder layers {_layers(condensed)}): leave `plan` "
-                f"out, or let `pretrained` be the sparse base model ({base})."
+                f"out, or set `pretrained` to the sparse base model ({base})."
             )
 
     def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
         if backend == "default" and is_ours(config.model_type):
-            backend = "causal"  # lm-eval looks into a table of transformers that can't be added to, and warns
+            backend = "causal"  # lm-eval uses a fixed table of transformers, and warns
         super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
 
     def _create_model(self, pretrained: str, quantization_config: Any = None, **kwargs: Any) -> None:
@@ -117,16 +119,16 @@ class CDMoELM(HFLM):
         self._config = self._model.config
 
     def _share_work(self) -> None:
-        """Gives every process its part of the samples; `hf` has each do all of them where it sees fewer than 2 GPUs."""
+        """Give every process its part of the samples: with fewer than two GPUs, `hf` gives all of them to each."""
         if self.world_size == 1 and hasattr(self, "accelerator"):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval adds to `config` in its results, with size, memory and speed.
+        """Return the entries for `config` in lm-eval's results, including size, memory and speed.
 
-        Called once, after all tasks, in the main process, whose memory it is and which generates alone: with several
-        processes, the others hold a copy of the model each.
+        lm-eval calls this once, after all tasks, in the main process. Memory and speed are those of this process; with
+        several processes, each of the others has a copy of the model.
         """
         peak, peak_of = peak_memory(self.model)
         condensed = getattr(self.model.config, "condense_config", None)
@@ -158,14 +160,14 @@ class CDMoELM(HFLM):
                     avoid=self.tokenizer.all_special_ids,
                 )
         except Exception as error:
-            # Of any type, even out of memory: hours of evaluation may lie behind, and lm-eval writes their results only
-            # after this. The traceback is logged, and the results name the error.
+            # Any error, even out of memory: lm-eval writes its results only after this, maybe after hours of
+            # evaluation. The traceback is logged, and the results name the error.
             logger.warning("The speed of generation could not be measured: %r", error, exc_info=True)
             return {"tokens_per_second": None, "error": repr(error)}
 
 
 class _CondensingAutoClass:
-    """Stands in for `AutoModelForCausalLM` in `hf`: what it opens is condensed by a plan."""
+    """A replacement for `AutoModelForCausalLM` in `hf` that condenses models by a plan."""
 
     def __init__(self, plan: CondensePlan) -> None:
         self.plan = plan
@@ -173,7 +175,7 @@ class _CondensingAutoClass:
     def from_pretrained(self, path: str, quantization_config: Any = None, **kwargs: Any) -> PreTrainedModel:
         if quantization_config is None:
             return condense_pretrained(path, plan=self.plan, **kwargs)
-        # Quantised weights can't be folded, and folded weights that are in memory can't be quantised.
+        # Quantised weights can't be folded, and folded weights in memory can't be quantised.
         with _condensed_checkpoint(path, self.plan, kwargs) as folder:
             elsewhere = {name: kwargs[name] for name in kwargs if name not in hub_kwargs(kwargs)}
             trust = {"trust_remote_code": kwargs.get("trust_remote_code")}
@@ -186,8 +188,8 @@ class _CondensingAutoClass:
 
 @contextmanager
 def _condensed_checkpoint(path: str, plan: CondensePlan, model_kwargs: dict[str, Any]) -> Iterator[str]:
-    """A temporary folder with the condensed checkpoint, one for all processes of a machine."""
-    # It is condensed in RAM; where the model goes in the end is a matter of the second opening.
+    """Write the condensed checkpoint to a temporary folder, one for all processes of a machine."""
+    # Condensed on the CPU; loading the checkpoint places the model.
     placed = {"device_map": "cpu", "max_memory": None, "offload_folder": None}
     state = PartialState()
     with tempfile.TemporaryDirectory(prefix="cdmoe-", ignore_cleanup_errors=True) as folder:
@@ -199,15 +201,15 @@ def _condensed_checkpoint(path: str, plan: CondensePlan, model_kwargs: dict[str,
                 if state.num_processes == 1:
                     raise
                 failure = error
-        # The others wait here, so they must hear of a failure as well.
-        told: list[tuple[str, str | None]] = gather_object([(folder, failure and repr(failure))])
-        written, reason = told[state.process_index - state.local_process_index]
+        # The other processes wait here, and must fail as well.
+        results: list[tuple[str, str | None]] = gather_object([(folder, failure and repr(failure))])
+        written, reason = results[state.process_index - state.local_process_index]
         if failure is not None:
             raise failure
         if reason is not None:
             raise RuntimeError(f"The main process could not condense {path!r}: {reason}")
         yield written
-        state.wait_for_everyone()  # nobody reads any more
+        state.wait_for_everyone()  # until all processes have read it
 
 
 def _layers(condense_config: dict[str, Any]) -> list[int]:
@@ -226,4 +228,4 @@ def _table(info: dict[str, Any]) -> str:
     return format_table(header, [row])
 
 
-register()  # for `simple_evaluate(model="cdmoe")` where Python's start did not install the bridge
+register()  # for `simple_evaluate(model="cdmoe")` if the .pth file was not read

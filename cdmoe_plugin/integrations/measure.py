@@ -1,4 +1,4 @@
-"""What a model costs when it runs: bytes of weights, peak memory, tokens per second."""
+"""Measurements of a running model: bytes of weights, peak memory, tokens per second."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ _WARM_UP_TOKENS = 4
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are stored in its state dict.
-
-    Tied weights count once; of quantised weights, so do their scales.
-    """
+    """Count the bytes of a model's state dict: tied weights once, quantised weights with their scales."""
     # With `keep_vars`, tied weights are the same objects.
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def accelerators(model: nn.Module) -> list[torch.device]:
-    """The devices, other than the CPU, that hold weights of a model."""
+    """List the devices of a model's weights, except the CPU."""
     found = {parameter.device for parameter in model.parameters()}
     return sorted((device for device in found if device.type not in ("cpu", "meta", "disk")), key=str)
 
 
 def reset_peak_memory(model: nn.Module) -> None:
-    """Starts the measurement of `peak_memory` anew, on those devices that can."""
+    """Reset the measurement of `peak_memory` on devices that support it."""
     for device in accelerators(model):
         reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
         if reset is not None:
@@ -43,12 +40,12 @@ def reset_peak_memory(model: nn.Module) -> None:
 
 
 def peak_memory(model: nn.Module) -> tuple[int | None, str]:
-    """The most memory in use at any time, and what that is measured on.
+    """Return the peak memory and its description.
 
     Returns:
-        `tuple[int | None, str]`: Bytes, None where the system does not tell. On accelerators, what torch had allocated
-            on all that hold weights of the model, since `reset_peak_memory`; else what this process held in RAM since
-            it started, whatever it was used for.
+        `tuple[int | None, str]`: Bytes, or None if the system does not report them. On accelerators, the memory that
+            torch allocated on all devices with weights of the model since `reset_peak_memory`; otherwise all RAM of
+            this process since it started.
     """
     devices = accelerators(model)
     if not devices:
@@ -63,7 +60,7 @@ def peak_memory(model: nn.Module) -> tuple[int | None, str]:
 def _peak_of_process() -> int | None:
     status = Path("/proc/self/status")
     if status.exists():
-        # Not `getrusage`, which on Linux starts a process with the peak of the one that launched it.
+        # Not `getrusage`: on Linux, a process inherits the peak of the process that started it.
         lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(lines[0].split()[1]) * 1024 if lines else None
     try:
@@ -78,30 +75,30 @@ def _peak_of_process() -> int | None:
 def generation_speed(
     model: Any, device: torch.device, vocabulary_size: int, max_length: int, avoid: Collection[int] = ()
 ) -> dict[str, Any]:
-    """Tokens per second of greedy generation, for one sequence: the median of some runs after a warm-up.
+    """Measure tokens per second of greedy generation for one sequence: the median of some runs after a warm-up.
 
-    The prompt is the same random token ids for every model of that vocabulary. An end-of-sequence token stops nothing;
-    the time covers prompt and new tokens, as a user waits for both.
+    The prompt has the same random token ids for every model with that vocabulary. Generation does not stop at an
+    end-of-sequence token, and the time covers prompt and new tokens, as a user waits for both.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, where and as it is.
-        device (`torch.device`): Where it expects token ids.
-        vocabulary_size (`int`): Token ids of the prompt are below this.
-        max_length (`int`): What prompt and new tokens may be long together.
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        device (`torch.device`): The device of the token ids.
+        vocabulary_size (`int`): Upper bound of token ids in the prompt.
+        max_length (`int`): Maximum length of prompt and new tokens together.
         avoid (`Collection[int]`): Token ids that must not be in the prompt (special tokens).
 
     Returns:
-        `dict[str, Any]`: `tokens_per_second` (`float`), and how it was measured: `batch_size`, `prompt_tokens`,
-            `new_tokens`, `runs`.
+        `dict[str, Any]`: `tokens_per_second` (`float`), and the settings of the measurement: `batch_size`,
+            `prompt_tokens`, `new_tokens`, `runs`.
 
     Raises:
-        RuntimeError: if the model generates fewer tokens than it is told to.
-        ValueError: if there is no room for a token of prompt and one of output.
+        RuntimeError: if the model generates another number of tokens.
+        ValueError: if `max_length` has no room for a prompt and a new token.
     """
     prompt_tokens = min(PROMPT_TOKENS, max_length // 2)
     new_tokens = min(NEW_TOKENS, max_length - prompt_tokens)
     if prompt_tokens < 1:
-        raise ValueError(f"A model of {max_length} tokens' length has no room for a prompt and a new token.")
+        raise ValueError(f"`max_length` is {max_length}, which has no room for a prompt and a new token.")
     prompt = _prompt(vocabulary_size, prompt_tokens, avoid).to(device)
 
     def generate(count: int) -> float:
@@ -117,7 +114,7 @@ def generation_speed(
         made = output[0].tolist()[prompt_tokens:]  # waits for the device
         seconds = time.perf_counter() - start
         if len(made) != count:
-            raise RuntimeError(f"{count} new tokens were asked for, and {len(made)} came.")
+            raise RuntimeError(f"The model should generate {count} new tokens, but generated {len(made)}.")
         return seconds
 
     generate(min(_WARM_UP_TOKENS, new_tokens))
@@ -127,7 +124,7 @@ def generation_speed(
 
 
 def _prompt(vocabulary_size: int, length: int, avoid: Collection[int]) -> torch.Tensor:
-    """Random token ids `[1, length]`, the same for the same vocabulary on every machine."""
+    """Draw random token ids `[1, length]`, the same for the same vocabulary on every machine."""
     drawn = torch.randperm(vocabulary_size, generator=torch.Generator().manual_seed(0)).tolist()
     avoid = set(avoid)
     allowed = [token for token in drawn if token not in avoid] or drawn

@@ -217,8 +217,8 @@ def test_results_survive_where_speed_can_not_be_measured(case: Case) -> None:
         ({"plan": 3}, "`plan` should be a path"),
         ({"plan": "{plan}", "num_layers": 4}, "`num_layers` should be between 1 and the plan's 3, but is 4"),
         ({"plan": "{plan}", "num_experts": "many"}, "`num_experts` should be between 0 and the plan's 3.*'many'"),
-        ({"plan": "{plan}", "gguf_file": "x.gguf"}, "`gguf_file=x.gguf` does not go with `plan`"),
-        ({"plan": "{plan}", "tp_plan": "auto"}, "`tp_plan=auto` does not go with `plan`"),
+        ({"plan": "{plan}", "gguf_file": "x.gguf"}, "`gguf_file=x.gguf` can't be combined with `plan`"),
+        ({"plan": "{plan}", "tp_plan": "auto"}, "`tp_plan=auto` can't be combined with `plan`"),
         ({"plan": "{plan}", "pretrained": "{condensed}"}, r"`pretrained=.*` is condensed already .*\[1, 2, 3\]"),
         ({"load_in_8bit": True, "quantization_config": {"load_in_8bit": True}}, "`load_in_8bit` were both given"),
         ({"bnb_4bit_quant_type": "nf4"}, "`bnb_4bit_quant_type` does nothing without"),
@@ -235,7 +235,7 @@ def test_bad_arguments(case: Case, tmp_path: Path, arguments: dict[str, Any], me
 
 def test_other_errors(case: Case, tmp_path: Path) -> None:
     for plan in (None, case.plan):
-        with pytest.raises(ValueError, match=r"unknown argument `num_layer=3`.*Was `num_layers` meant"):
+        with pytest.raises(ValueError, match=r"unknown argument `num_layer=3`.*Did you mean `num_layers`"):
             opened(pretrained=case.base, plan=plan, num_layer=3)
     other = CondensePlan.from_dict(case.plan.to_dict() | {"model": {**case.plan.to_dict()["model"], "hidden_size": 8}})
     with pytest.raises(ValueError, match="made for another model: its hidden_size is 8"):

@@ -123,9 +123,9 @@ def test_trimmed_blocks(recipe: ModuleType, place: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("mixtral", ["--num_layers", "2"], "has no field that says that a layer is dense"),
+        ("mixtral", ["--num_layers", "2"], "has no field for dense layers"),
         ("deepseek_v3", ["--num_layers", "1"], "`first_k_dense_replace` .* A search may choose .* in `layers`"),
-        ("deepseek_v3", ["--layers", "2"], r"\[0, 2\] of 4: \[1\] would have to be, too"),
+        ("deepseek_v3", ["--layers", "2"], r"\[0, 2\] of 4: \[1\] would have to be dense too"),
         ("qwen2_moe", ["--num_layers", "1"], r"layers \[1, 2, 3\] .* gate per token.*--export_approximate"),
         ("qwen2_moe", ["--plan", "{place}/plan.json"], r"layers \[1\] scale their shared expert by a gate"),
         ("qwen3_moe", ["--num_layers", "9"], "`num_layers` is 9"),
@@ -164,7 +164,7 @@ def test_check_agrees_with_the_export(tmp_path: Path) -> None:
             continue
         all_layers = CondenseConfig(num_layers=len(ARCHITECTURES[name].sparse_layers), num_experts=1)
         for request in (all_layers, CondenseConfig(num_layers=1, num_experts=1)):
-            with pytest.raises(UnsupportedModelError, match=f"{name}. can't say"):
+            with pytest.raises(UnsupportedModelError, match=f"{name}. can't describe"):
                 check_export(config_of(name, tmp_path), request, approximate=True)
 
 
