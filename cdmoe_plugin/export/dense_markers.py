@@ -15,7 +15,7 @@ class Marker:
     """One way in which a config marks dense layers.
 
     Args:
-        fields (`tuple[str, ...]`): The config fields, all of which a config must have.
+        fields (`tuple[str, ...]`): The config fields; a config must have them all.
         possible (`str`): The sets of layers that can be marked, for messages.
         update (`Callable`): From config, dense layers and number of all layers to the fields that change; None if these
             layers can't be marked.
