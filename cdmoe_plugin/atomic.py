@@ -62,7 +62,7 @@ def replacing_files(
             (staging / name).unlink()
         for name in written:
             if (target / name).is_dir():
-                raise ValueError(f"`save_directory` holds a folder {name}, but a file of this name is to be saved.")
+                raise ValueError(f"`save_directory` holds a folder {name}, but a file with this name should be saved.")
             to_disk(staging / name)
         try:
             _swap(staging, target, stale)

@@ -124,7 +124,7 @@ def load_calibration(
 def calibration_for(
     model: PreTrainedModel, source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Calibration:
-    """Load calibration data for a loaded model, with its checkpoint's tokenizer where none is given.
+    """Load calibration data for a loaded model, with its checkpoint's tokenizer if none is given.
 
     Args:
         model (`PreTrainedModel`): The model that the token ids are for.

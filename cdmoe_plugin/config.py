@@ -126,7 +126,7 @@ class CondenseConfig:
                 raise ValueError(f"`{name}` should be a name, but is {value!r}.")
         if self.form not in FORMS:
             raise ValueError(f"`form` is {self.form!r}, but only {', '.join(map(repr, FORMS))} exist.")
-        self.cache_bytes  # noqa: B018  (raises where `cache_memory` is not a size)
+        self.cache_bytes  # noqa: B018  (raises if `cache_memory` is not a size)
 
     def _check_layers(self) -> None:
         layers = self.layers

@@ -15,7 +15,7 @@ class Marker:
     """One way in which a config marks dense layers.
 
     Args:
-        fields (`tuple[str, ...]`): The config fields; a config must have them all.
+        fields (`tuple[str, ...]`): The config fields. A config must have all of them.
         possible (`str`): The sets of layers that can be marked, for messages.
         update (`Callable`): From config, dense layers and number of all layers to the fields that change; None if these
             layers can't be marked.

@@ -1,4 +1,4 @@
-"""Perplexity."""
+"""The perplexity of the whole model."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Processes:
     Sums are over batches in a fixed order, so results are bitwise equal for any number of processes.
 
     Args:
-        accelerator (`Accelerator` or `PartialState`, *optional*): The processes of `accelerate launch`, which all
+        accelerator (`Accelerator` or `PartialState`, *optional*): The processes of `accelerate launch`. All of them
             must take part in the search.
         num_batches (`int`): Number of calibration batches of all processes together.
 
