@@ -85,6 +85,8 @@ class CondensedLayer:
         expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
             alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values). Measured for every
             `expert_selection`, with "js" if `metric` is "ppl".
+        tokens (`list[int]`, *optional*): The number of calibration tokens that chose each kept expert, in the same order. None in
+            plans without a search, and in those of version 0.1.
     """
 
     layer: int
@@ -92,6 +94,7 @@ class CondensedLayer:
     gates: list[float]
     score: float | None = None
     expert_scores: list[float] | None = None
+    tokens: list[int] | None = None
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "layer") -> CondensedLayer:
@@ -113,7 +116,17 @@ class CondensedLayer:
                     f"`{where}.expert_scores` should have {len(experts) + 1} values, one more than there are experts, "
                     f"but has {len(scores)}."
                 )
-        return cls(fields["layer"], experts, gates, fields["score"], scores)
+        tokens = fields["tokens"]
+        if tokens is not None:
+            tokens = [read_whole(t, f"{where}.tokens") for t in read_list(tokens, f"{where}.tokens")]
+            if len(tokens) != len(experts):
+                raise ValueError(f"`{where}` has {len(experts)} experts but {len(tokens)} counts in `tokens`.")
+        return cls(fields["layer"], experts, gates, fields["score"], scores, tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert the layer to JSON-ready values, without `tokens` where there are none, as in version 0.1."""
+        values = asdict(self)
+        return values if self.tokens is not None else {k: v for k, v in values.items() if k != "tokens"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,8 @@ class CondensePlan:
     def to_dict(self) -> dict[str, Any]:
         """Convert the plan to JSON-ready values."""
         by_layer = {name: _string_keys(getattr(self, name)) for name in ("layer_divergences", "layer_similarities")}
-        return {"version": VERSION, **asdict(self), **by_layer}
+        layers = [layer.to_dict() for layer in self.layers]
+        return {"version": VERSION, **asdict(self), **by_layer, "layers": layers}
 
     @classmethod
     def from_dict(cls, values: Any) -> CondensePlan:
@@ -347,13 +361,14 @@ def _read_from_config(path: Path) -> Any:
 
 
 def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> CondensedLayer:
-    scores = layer.expert_scores
+    scores, tokens = layer.expert_scores, layer.tokens
     return CondensedLayer(
         layer=layer.layer,
         experts=layer.experts[:num_experts],
         gates=layer.gates[:num_experts],
         score=layer.score if keep_score else None,
         expert_scores=None if scores is None else scores[: num_experts + 1],
+        tokens=None if tokens is None else tokens[:num_experts],
     )
 
 

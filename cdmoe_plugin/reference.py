@@ -27,7 +27,8 @@ def read_reference(
         first_sparse_layer (`int`, defaults to 1): Decoder layer index of their layer 0 (DeepSeekMoE-16B: 1).
 
     Returns:
-        `list[dict]`: Decoder layer, experts and gates of each condensed layer, in the order of their selection.
+        `list[dict]`: Decoder layer, experts, gates and tokens per expert of each condensed layer, in the order of their
+            selection.
 
     Raises:
         ValueError: naming the layer or expert, if a file has another format or lacks one that another file names.
@@ -42,13 +43,9 @@ def read_reference(
         chosen = experts.get(str(index))
         if not isinstance(chosen, list):
             raise ValueError(f"`expert_order` has no list of experts for layer {index!r} of `layer_order`.")
-        rows.append(
-            {
-                "layer": index + first_sparse_layer,
-                "experts": chosen,
-                "gates": [_mean_gate(weights, index, expert) for expert in chosen],
-            }
-        )
+        entries = [_entry(weights, index, expert) for expert in chosen]
+        gates, tokens = [float(mean) for _, _, mean in entries], [count for _, count, _ in entries]
+        rows.append({"layer": index + first_sparse_layer, "experts": chosen, "gates": gates, "tokens": tokens})
     return rows
 
 
@@ -63,7 +60,7 @@ def _read(source: Any, kind: type, name: str) -> Any:
     return values
 
 
-def _mean_gate(weights: Mapping[str, Any], layer: int, expert: int) -> float:
+def _entry(weights: Mapping[str, Any], layer: int, expert: int) -> Sequence[Any]:
     entry = weights.get(f"{layer}-{expert}")
     if not isinstance(entry, Sequence) or len(entry) != 3:
         raise ValueError(
@@ -72,4 +69,4 @@ def _mean_gate(weights: Mapping[str, Any], layer: int, expert: int) -> float:
         )
     if not isinstance(entry[2], (int, float)) or isinstance(entry[2], bool):
         raise ValueError(f"`expert_weights` has {entry[2]!r} as mean gate of expert {expert} of layer {layer}.")
-    return float(entry[2])
+    return entry

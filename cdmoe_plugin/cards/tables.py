@@ -45,6 +45,27 @@ FORM_TEXTS = {
 }
 
 
+_METRICS = {
+    "js": "Jensen-Shannon divergence",
+    "kl": "Kullback-Leibler divergence",
+    "mse": "mean squared difference",
+    "ppl": "absolute difference of perplexity",
+}
+_OUTPUTS = {"hidden": "last hidden state", "logits": "logits"}
+
+
+def divergence_name(plan: CondensePlan, own: bool = False) -> str:
+    """Name the divergence that a plan's `score` and `layer_divergences` are, or (`own`) its `expert_scores`."""
+    metric, compare = ((plan.config or {}).get(name) for name in ("metric", "compare"))
+    if metric == "ppl":
+        if not own:
+            return _METRICS["ppl"]
+        metric = "js"  # perplexity is defined on the model's output only
+    output = "layer's output" if own else f"model's {_OUTPUTS.get(str(compare), 'output')}"
+    unit = ", in nats" if metric in ("js", "kl") else ""
+    return f"{_METRICS.get(str(metric), 'divergence' if metric is None else metric)} of the {output}{unit}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format a Markdown table with aligned columns, numbers to the right."""
     texts = [[str(cell) for cell in row] for row in rows]

@@ -96,7 +96,8 @@ class PlanSearch:
                     continue
                 found[layer], inputs = self._experts_of(layer, inputs)
             order, gates = found[layer]
-            self.state[name] = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
+            kept = {"experts": order.experts, "scores": order.scores, "gates": list(gates.values())}
+            self.state[name] = {**kept, "tokens": order.tokens}
             logger.info(f"Decoder layer {layer}: experts {order.experts}, divergence {order.scores[-1]:.3e}.")
         return found
 
@@ -104,7 +105,8 @@ class PlanSearch:
         data, outputs = self._observe(layer, inputs)
         number = self._number(data)
         select = EXPERT_SELECTIONS.of(self.config)
-        order = select(data, number)
+        order, counts = select(data, number), data.choice_counts()
+        order = replace(order, tokens=[int(counts[expert]) for expert in order.experts])
         return (order, {expert: float(data.gates[expert]) for expert in order.experts}), outputs
 
     def layers(self, experts: dict[int, ChosenExperts]) -> LayerOrder:
@@ -194,13 +196,12 @@ class PlanSearch:
 
 def _kept(layer: int, chosen: ChosenExperts) -> CondensedLayer:
     order, gates = chosen
-    return CondensedLayer(layer, order.experts, [gates[expert] for expert in order.experts])
+    return CondensedLayer(layer, order.experts, [gates[expert] for expert in order.experts], tokens=order.tokens)
 
 
 def _order_from_dict(values: Any) -> ChosenExperts:
     """Read a layer's experts and gates from a search state."""
-    layer = CondensedLayer.from_dict(
-        {"layer": 0, "experts": values["experts"], "gates": values["gates"], "expert_scores": values["scores"]},
-        "search state",
-    )
-    return ExpertOrder(layer.experts, layer.expert_scores or []), dict(zip(layer.experts, layer.gates, strict=True))
+    row = {name: value for name, value in values.items() if name != "scores"}
+    layer = CondensedLayer.from_dict({**row, "layer": 0, "expert_scores": values["scores"]}, "search state")
+    order = ExpertOrder(layer.experts, layer.expert_scores or [], tokens=layer.tokens)
+    return order, dict(zip(layer.experts, layer.gates, strict=True))

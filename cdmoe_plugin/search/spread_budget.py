@@ -28,7 +28,8 @@ def keep_first(found: ChosenExperts, number: int) -> ChosenExperts:
     """Keep the first experts of an order; all if there are fewer."""
     order, gates = found
     experts = order.experts[:number]
-    kept = ExpertOrder(experts, order.scores[: number + 1], order.steps[:number])
+    tokens = None if order.tokens is None else order.tokens[:number]
+    kept = ExpertOrder(experts, order.scores[: number + 1], order.steps[:number], tokens)
     return kept, {expert: gates[expert] for expert in experts}
 
 

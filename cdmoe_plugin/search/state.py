@@ -125,9 +125,11 @@ def _check_result(name: str, result: Any, num_experts: Mapping[int, int]) -> Non
         return
     if layer not in map(str, num_experts):
         raise ValueError(f"`{name}` is the result of a layer that is not searched")
-    if not isinstance(result, dict) or set(result) != {"experts", "scores", "gates"} or result["scores"] is None:
+    # Version 0.1 counted no tokens.
+    names = set(result) - {"tokens"} if isinstance(result, dict) else set()
+    if names != {"experts", "scores", "gates"} or result["scores"] is None:
         raise ValueError(f"`{name}` should hold experts, scores and gates")
-    order = {"layer": int(layer), "experts": result["experts"], "gates": result["gates"]}
+    order = {name: value for name, value in result.items() if name != "scores"} | {"layer": int(layer)}
     experts = CondensedLayer.from_dict({**order, "expert_scores": result["scores"]}, name).experts
     total = num_experts[int(layer)]
     if any(expert >= total for expert in experts):

@@ -19,7 +19,13 @@ from cdmoe_plugin.search.experts.pl_alpha_hill import pl_alpha_hill
 from cdmoe_plugin.search.order import ascending
 from tests.helpers import naive
 from tests.helpers.models import build
-from tests.helpers.naive_methods import naive_alpha, naive_expert_order, naive_own_divergences, order_of
+from tests.helpers.naive_methods import (
+    naive_alpha,
+    naive_expert_order,
+    naive_frequency,
+    naive_own_divergences,
+    order_of,
+)
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 SEQUENCES = [ids[:length] for ids, length in zip(random_ids(5, 16, seed=1), (16, 5, 9, 2, 12), strict=True)]
@@ -68,6 +74,8 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
         choice = (row.experts, [gates[e] for e in row.experts])
         scores = naive_own_divergences(varied(model_type), SEQUENCES, "js", row.layer, choice)
         assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=1e-12)
+        seen = naive_frequency(naive.naive_double(varied(model_type)), SEQUENCES, row.layer)
+        assert row.tokens == [-seen[e] for e in row.experts]
 
 
 # Layers that norm what their block gives, mix it into several streams, or own the shared expert; blocks that norm their

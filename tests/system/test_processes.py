@@ -36,7 +36,7 @@ import json, sys
 import torch
 from accelerate import Accelerator
 from cdmoe_plugin import CondenseConfig, search_plan
-from tests.tiny_models import random_ids, tiny_model
+from tests.helpers.tiny_models import random_ids, tiny_model
 torch.set_num_threads(1)
 folder, configs = sys.argv[1], json.loads(sys.argv[2])
 accelerator = Accelerator()

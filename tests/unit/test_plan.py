@@ -16,7 +16,7 @@ from cdmoe_plugin.plan import ModelShape, SparseLayerShape
 from tests.helpers.broken_json import ODD, RAW, edited, places, written
 
 LAYERS = [
-    CondensedLayer(2, [4, 0, 7], [0.25, 0.125, 0.1], 0.011, [0.09, 0.05, 0.04, 0.03]),
+    CondensedLayer(2, [4, 0, 7], [0.25, 0.125, 0.1], 0.011, [0.09, 0.05, 0.04, 0.03], [40, 9, 0]),
     CondensedLayer(3, [1, 6, 2], [0.3, 1 / 3, 0.05], 0.024, [0.08, 0.06, 0.05, 0.01]),
     CondensedLayer(1, [5, 3, 0], [0.2, 0.4, -0.1], 0.05, [0.07, 0.02, 0.04, 0.03]),
 ]
@@ -62,6 +62,17 @@ def test_a_checkpoint_with_its_plan_in_config_json_alone(tmp_path: Path) -> None
             CondensePlan.load(tmp_path)
 
 
+def test_tokens_of_kept_experts(tmp_path: Path) -> None:
+    rows = PLAN.to_dict()["layers"]
+    assert rows[0]["tokens"] == [40, 9, 0]
+    # A plan without them is the file that version 0.1 wrote.
+    assert list(rows[1]) == ["layer", "experts", "gates", "score", "expert_scores"]
+    assert CondensePlan.load(Path(__file__).parents[1] / "data" / "checkpoint_0_1").layers[0].tokens is None
+    for wrong, message in (([1, 2], "3 experts but 2 counts"), ([1, 2, -3], "whole number"), (5, "should be a list")):
+        with pytest.raises(ValueError, match=message):
+            CondensedLayer.from_dict({**rows[0], "tokens": wrong})
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)
@@ -76,6 +87,7 @@ def test_truncate() -> None:
     assert [(row.layer, row.experts, row.gates) for row in small.layers] == [(2, [4], [0.25]), (3, [1], [0.3])]
     assert [row.expert_scores for row in small.layers] == [[0.09, 0.05], [0.08, 0.06]]
     assert [row.score for row in small.layers] == [None, None]  # measured with more experts
+    assert [row.tokens for row in small.layers] == [[40], None]
     assert small.layer_divergences is None
     assert (small.config["num_layers"], small.config["num_experts"]) == (2, 1)
     assert small.model == MODEL
@@ -146,9 +158,9 @@ def test_from_reference(first: int, tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(values))
     plan = CondensePlan.from_reference(**{name: tmp_path / name for name in files}, first_sparse_layer=first)
     expected = [
-        CondensedLayer(2 + first, [3, 1], [203 / 400, 201 / 400]),
-        CondensedLayer(0 + first, [2, 0], [2 / 400, 0.0]),
-        CondensedLayer(1 + first, [1, 0], [101 / 400, 100 / 400]),
+        CondensedLayer(2 + first, [3, 1], [203 / 400, 201 / 400], tokens=[400, 400]),
+        CondensedLayer(0 + first, [2, 0], [2 / 400, 0.0], tokens=[400, 400]),
+        CondensedLayer(1 + first, [1, 0], [101 / 400, 100 / 400], tokens=[400, 400]),
     ]
     assert plan == CondensePlan(expected) == CondensePlan.from_reference(**files, first_sparse_layer=first)
 

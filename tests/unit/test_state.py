@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def test_resumes_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(SearchState, "update", interrupting(5 - after))  # nothing is done again
         assert search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path) == unbroken
+
+
+def test_goes_on_from_a_state_of_version_0_1(tmp_path: Path) -> None:
+    model = tiny_model("qwen2_moe")
+    plan = search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
+    state = SearchState(tmp_path, json.loads((tmp_path / FILE).read_text())["fingerprint"], dict.fromkeys((1, 2, 3), 8))
+    old = {name: value for name, value in state["experts 2"].items() if name != "tokens"}  # it counted no tokens
+    state["experts 2"] = old
+    again = search_plan(model, CONFIG, calibration=IDS, state_dir=tmp_path)
+    assert again.layers == [replace(row, tokens=None) if row.layer == 2 else row for row in plan.layers]
+    assert any(row.layer == 2 for row in plan.layers)
 
 
 @pytest.mark.parametrize("other", ["model", "config", "calibration data"])

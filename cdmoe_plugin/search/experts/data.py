@@ -40,6 +40,12 @@ class SparseLayerData:
         """The experts that were chosen by at least one token."""
         return [int(i) for i in torch.nonzero(~self.gates.isnan()).flatten()]
 
+    def choice_counts(self) -> Tensor:
+        """Count the calibration tokens of all processes that chose each expert, float64 `[N]`."""
+        number = self.block.num_experts
+        counts = [torch.bincount(call.routing.experts.flatten().cpu(), minlength=number) for call in self.calls]
+        return self.processes.total(counts).cpu()
+
     @property
     def factors(self) -> Tensor:
         """The factors of `expert_outputs` in a condensed layer, float64 `[N]`; NaN for non-candidates."""
@@ -60,8 +66,11 @@ class ExpertOrder:
             ... The same quantity for every method, even if it ranks experts by another one.
         steps (`list[dict[int, float]]`): Divergence of every candidate in every round; empty for methods without
             rounds.
+        tokens (`list[int]`, *optional*): How many calibration tokens chose each kept expert; methods leave it to the
+            search.
     """
 
     experts: list[int]
     scores: list[float]
     steps: list[dict[int, float]] = field(default_factory=list)
+    tokens: list[int] | None = None

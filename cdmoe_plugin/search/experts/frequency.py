@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ...registry import EXPERT_SELECTIONS
 from .data import ExpertOrder, SparseLayerData
 from .ranking import ranked
@@ -16,11 +13,4 @@ def frequency_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
 
     This is the activation frequency of SEER-MoE (Muzio et al. 2024, arXiv 2404.05089), counted without gates.
     """
-    return ranked(data, num_experts, lambda data: -choice_counts(data))
-
-
-def choice_counts(data: SparseLayerData) -> Tensor:
-    """Count the calibration tokens that chose each expert, float64 `[N]`."""
-    number = data.block.num_experts
-    counts = [torch.bincount(call.routing.experts.flatten().cpu(), minlength=number) for call in data.calls]
-    return data.processes.total(counts).cpu()
+    return ranked(data, num_experts, lambda data: -data.choice_counts())

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...registry import EXPERT_SELECTIONS
 from .data import ExpertOrder, SparseLayerData
-from .frequency import choice_counts
 from .ranking import ranked
 
 
@@ -38,4 +37,4 @@ def reap_saliencies(data: SparseLayerData) -> Tensor:
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
             sums[expert] = float(norms @ data.block.output_factors(weights).double())
         parts.append(sums)
-    return data.processes.total(parts).cpu() / choice_counts(data)
+    return data.processes.total(parts).cpu() / data.choice_counts()
