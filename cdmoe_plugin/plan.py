@@ -85,8 +85,8 @@ class CondensedLayer:
         expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
             alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values). Measured for every
             `expert_selection`, with "js" if `metric` is "ppl".
-        tokens (`list[int]`, *optional*): The number of calibration tokens that chose each kept expert, in the same order. None in
-            plans without a search, and in those of version 0.1.
+        tokens (`list[int]`, *optional*): The number of calibration tokens that chose each kept expert, in the same
+            order. None in plans without a search, and in plans of version 0.1.
     """
 
     layer: int
