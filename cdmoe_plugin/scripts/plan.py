@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from ..cards.page import write_page
 from ..cards.tables import FORM_TEXTS, format_table, plan_table
 from ..plan import CondensePlan
 from .parsing import PlainParser
@@ -14,7 +15,7 @@ HELP = """usage: cdmoe plan {show,truncate,compare} PLAN [options]
 
 Look at plans. A PLAN is a condense_plan.json, or the folder of a condensed checkpoint.
 
-  cdmoe plan show deepseek-moe-cd9
+  cdmoe plan show deepseek-moe-cd9 --html report.html
 
 commands:
   show      layers in the order of their selection, with their experts; sizes; the search that found them
@@ -38,10 +39,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def show(arguments: Sequence[str]) -> None:
     """Print a plan: its layers, sizes and origin."""
-    parser = PlainParser("plan show", "Print a plan.", "plan show deepseek-moe-cd9")
+    parser = PlainParser("plan show", "Print a plan.", "plan show deepseek-moe-cd9 --html report.html")
     parser.add_argument("plan", help=_PLAN)
-    plan = CondensePlan.load(parser.parse_args(arguments).plan)
+    parser.add_argument("--html", metavar="FILE", help="Also write the plan as one HTML page, with charts.")
+    args = parser.parse_args(arguments)
+    plan = CondensePlan.load(args.plan)
     print("\n\n".join(filter(None, (plan_table(plan), sizes(plan), origin(plan)))))
+    if args.html is not None:
+        write_page(plan, args.html)
+        print(f"\nSaved to {args.html}.")
 
 
 def sizes(plan: CondensePlan) -> str:
