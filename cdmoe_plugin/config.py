@@ -224,7 +224,7 @@ def condense_arguments(prefix: str = "", names: Collection[str] | None = None) -
         help_text = f.metadata["help"] + methods + ("" if f.default is None else f" (default: {f.default})")
         hint = int | str if f.name in _NUMBERS_OR_WORDS else hints[f.name]
         rows.append((prefix + f.name, hint | None, field(default=None, metadata={"help": help_text})))
-    numbers_or_words = [prefix + name for name in _NUMBERS_OR_WORDS]
+    numbers_or_words = [prefix + name for name in _NUMBERS_OR_WORDS if names is None or name in names]
 
     # The parsers know one type per argument, and take text where a number is allowed as well.
     def read_numbers(self: Any) -> None:

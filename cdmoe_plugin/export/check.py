@@ -75,8 +75,9 @@ def refuse_gates(layers: Sequence[int], model_type: str) -> None:
     if layers:
         raise UnsupportedModelError(
             f"The decoder layers {list(layers)} scale their shared expert by a gate per token, which dense layers of "
-            f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate`) replaces it by its "
-            "mean over calibration tokens and measures the error; the condensed checkpoint keeps the gate."
+            f"model type {model_type!r} do not have. `approximate=True` (`--export_approximate` of `cdmoe condense`, "
+            "`--approximate` of `cdmoe export`) replaces it by its mean over calibration tokens, and measures what "
+            "that costs; the condensed checkpoint keeps it."
         )
 
 

@@ -60,39 +60,33 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         name (`str`): Its name, for messages.
         command (`Callable`): The command; what it returns, if anything, is the exit code.
     """
+    rank = int(os.environ.get("RANK", 0))
     try:
         return command() or 0
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher may send it once more
-        _say(f"cdmoe {name}: interrupted. {stop}".rstrip(), others_too=False)
+        if rank == 0:
+            print(f"cdmoe {name}: interrupted. {stop}".rstrip(), file=sys.stderr, flush=True)
         return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
+        if rank > 0:  # most likely what the main process says, or its loss; its launcher then ends this one, too
+            time.sleep(_GRACE)
         message = _message(error)
         if message is None or os.environ.get("CDMOE_DEBUG", "") not in ("", "0"):
             raise
-        _say(f"cdmoe {name}: error: {' '.join(message.split())}")
+        print(f"cdmoe {name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         return USER_ERROR
 
 
-def _message(error: ValueError | OSError | ModuleNotFoundError) -> str | None:
+def _message(error: Exception) -> str | None:
     """Return what to tell the user; None if the error is a bug."""
     if isinstance(error, ModuleNotFoundError):
         library = (error.name or "").partition(".")[0]
         extra = EXTRAS.get(library)
         return extra and f"this needs {library}, which is not installed: pip install 'cdmoe_plugin[{extra}]'"
     if isinstance(error, OSError):  # a missing file or checkpoint, the hub, a full disk
-        return str(error)
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return str(error) if innermost.f_globals.get("__name__", "").startswith(CHECKING) else None
-
-
-def _say(line: str, others_too: bool = True) -> None:
-    """Print a line to stderr, once where several processes have the same to say.
-
-    The main process does so at once, and its launcher then ends the others while they wait.
-    """
-    if int(os.environ.get("RANK", 0)) > 0:
-        if not others_too:
-            return
-        time.sleep(_GRACE)
-    print(line, file=sys.stderr, flush=True)
+        return f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+    if isinstance(error, ValueError):
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        return str(error) if innermost.f_globals.get("__name__", "").startswith(CHECKING) else None
+    return None

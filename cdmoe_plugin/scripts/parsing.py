@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 CONFIGS = Path(__file__).with_name("configs")
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def help_field(text: str, default: Any = None) -> Any:
@@ -66,15 +68,15 @@ class PlainParser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        namespace, unknown = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # before argparse misses options that are required
+            name = word.partition("=")[0]
+            if word.startswith("--") and " " not in name and name not in self._option_string_actions:
+                self.error(f"unknown option {word}{did_you_mean(name, self._option_string_actions)}")
+        namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            self.refuse(unknown[0])
+            self.error(f"unknown argument {unknown[0]}")
         return namespace, []
-
-    def refuse(self, word: str, others: Iterable[str] = ()) -> NoReturn:
-        """Raise a `ValueError` about an unknown word of the command line."""
-        hint = did_you_mean(word.partition("=")[0], [*self._option_string_actions, *others])
-        self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{hint}")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -105,7 +107,7 @@ class Parser(HfArgumentParser, PlainParser):
             "--config",
             metavar="NAME_OR_FILE",
             help="YAML file with options as keys; options on the command line win. Or the name of one that comes with "
-            f"the package: {', '.join(sorted(path.stem for path in CONFIGS.glob('*.yaml')))}.",
+            f"the package: {', '.join(SHIPPED)}.",
         )
         PlainParser.__init__(self, parents=[self._first], usage="%(prog)s [options]", **kwargs)
         self.dataclass_types: list[Any] = list(dataclasses)
@@ -145,9 +147,12 @@ class Parser(HfArgumentParser, PlainParser):
 
     def _read_config(self, name: str) -> None:
         """Make the values of a YAML file the options' defaults."""
-        path = Path(name)
-        if not path.exists() and (CONFIGS / f"{name}.yaml").exists():
-            path = CONFIGS / f"{name}.yaml"
+        path, shipped = Path(name), CONFIGS / f"{name}.yaml"
+        if not path.exists() and not shipped.exists():
+            raise ValueError(
+                f"`--config` {name} is neither a file nor a config of this package{did_you_mean(name, SHIPPED)}"
+            )
+        path = path if path.exists() else shipped
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:

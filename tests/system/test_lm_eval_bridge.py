@@ -74,6 +74,8 @@ def test_normal_install(case: Case, expected: dict[str, Any], tmp_path: Path) ->
     pip = [sys.executable, "-m", "pip", "--python", own, "--disable-pip-version-check"]
     run([*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel])
     assert {path.name for path in folder.iterdir()} >= {"cdmoe_plugin", f"{BRIDGE}.py", f"{BRIDGE}.pth"}
+    said = run([own.with_name("cdmoe"), "estimate", "--help"], {"PYTHONSAFEPATH": "1", "PYTHONPATH": ""}).stdout
+    assert "deepseek-moe-16b" in said  # a config that is in the wheel
 
     results, _ = evaluate_from_shell(
         case, [own, script("lm_eval")], tmp_path / "out", f"pretrained={case.condensed}", PYTHONSAFEPATH="1"

@@ -156,6 +156,43 @@ def test_with_the_package(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import cdmoe_plugin, transformers",
+        "from transformers import AutoModelForCausalLM; import cdmoe_plugin, transformers",
+        "import cdmoe_plugin.model.registration, transformers",  # as the entry point for vLLM does
+        "import cdmoe_plugin.api; from transformers.models.auto import modeling_auto; import transformers",
+    ],
+)
+def test_whatever_is_imported_first(imports: str, tmp_path: Path) -> None:
+    program = f"""
+{imports}
+import json
+print(json.dumps(type(transformers.AutoConfig.for_model("cdmoe_qwen2_moe")).__name__))
+"""
+    assert answer_of(program, tmp_path, tmp_path) == "CDMoEQwen2MoeConfig"
+
+
+@pytest.mark.slow
+def test_an_unpickled_model_brings_its_class(root: Path, tmp_path: Path) -> None:
+    import pickle
+
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen2_moe")
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    program = """
+import json, pickle, sys
+from pathlib import Path
+model = pickle.loads((Path(sys.argv[1]) / "model.pickle").read_bytes())
+import transformers
+config = transformers.AutoConfig.for_model(model.config.model_type)
+print(json.dumps([type(model).__name__, type(config).__name__, type(config) is type(model.config)]))
+"""
+    names = ["CDMoEQwen2MoeForCausalLM", "CDMoEQwen2MoeConfig", True]
+    assert answer_of(program, tmp_path, tmp_path) == names
+
+
+@pytest.mark.slow
 def test_as_remote_code(root: Path, tmp_path: Path) -> None:
     for name in NAMES:
         repository = tmp_path / "hub" / f"models--me--{name}"
