@@ -18,7 +18,7 @@ _MAPPING = configuration_auto.CONFIG_MAPPING
 
 
 # transformers can't register a model type whose classes are imported later: `AutoConfig.register` takes a class. So
-# the private dict behind it is replaced by one that registers on look-up (tested with transformers 5.17 and 5.23). It
+# the private dict behind it is replaced by one that registers on look-up (tested with transformers 5.15 to 5.24). It
 # can go once transformers registers names lazily.
 class _OnDemand(dict):
     """The user-registered part of transformers' `CONFIG_MAPPING`, which registers condensed model types on look-up."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from ..model.training import condensed_module_names, unfreeze_condensed
 from .distillation import Distillation
@@ -36,8 +36,7 @@ class CondensedSFTTrainer(SFTTrainer):
     Args:
         model (`PreTrainedModel` or `PeftModel`): A condensed model. If it is quantised, its condensed layers must not
             be (see `quantised_around_condensed`), unless they have LoRA.
-        *args: As for `trl.SFTTrainer`.
-        **kwargs: As for `trl.SFTTrainer`.
+        args (`SFTConfig`, *optional*), *more, **kwargs: As for `trl.SFTTrainer`.
         peft_config (`PeftConfig`, *optional*): LoRA or the like. Its default `target_modules` are the condensed layers'
             projections.
         distillation (`Distillation`, *optional*): Distillation from the sparse model.
@@ -51,7 +50,8 @@ class CondensedSFTTrainer(SFTTrainer):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        *args: Any,
+        args: SFTConfig | None = None,
+        *more: Any,
         peft_config: PeftConfig | None = None,
         distillation: Distillation | None = None,
         **kwargs: Any,
@@ -62,12 +62,14 @@ class CondensedSFTTrainer(SFTTrainer):
         self.dropped_rows: dict[str, int] = {}
         self._held_out_sum = [0.0, 0.0]
         kwargs["peft_config"] = peft_config
-        if peft_config is not None and getattr(peft_config, "target_modules", None) is None:
-            peft_config.target_modules = condensed_module_names(condensed)  # type: ignore[attr-defined]
+        if peft_config is not None:
+            set_seed(42 if args is None else args.seed)  # LoRA begins at random; trl 1.15 and later do this themselves
+            if getattr(peft_config, "target_modules", None) is None:
+                peft_config.target_modules = condensed_module_names(condensed)  # type: ignore[attr-defined]
         if not has_adapters:
             unfreeze_condensed(condensed)
         with _trainable_although_quantised(model, has_adapters):
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, args, *more, **kwargs)
         if self.aux_loss_enabled and condensed.config.condense_config["all_condensed"]:
             raise ValueError("`router_aux_loss_coef` should be 0: all sparse layers are condensed, no router is left.")
         per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps

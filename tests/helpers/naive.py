@@ -286,7 +286,7 @@ def naive_condensed_forward(
 
 def naive_route(config: Any, router: nn.Module, x: Tensor) -> dict[int, float]:
     """The experts that one token is sent to, and what their outputs are multiplied with."""
-    (function, normalises, scale), logits = ROUTING[config.model_type], router.weight @ x
+    (function, normalises, scale), logits = ROUTING[config.model_type], router.weight.to(x.dtype) @ x
     scores = (torch.sigmoid(logits) if function == "sigmoid" else torch.softmax(logits, 0)).tolist()
     bias = getattr(router, "e_score_correction_bias", None)
     choice = scores if bias is None else [score + b for score, b in zip(scores, bias.tolist(), strict=True)]
