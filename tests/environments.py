@@ -3,8 +3,8 @@
     python -m tests.environments lowest .cache/lowest
     python -m tests.environments newest .cache/newest
 
-The second argument is where the virtual environment is made, or found. torch is its lower bound in both: which build of
-another release an index has depends on the machine.
+The second argument is where the virtual environment is made, or found. `--torch` names the release of torch for both:
+which builds an index has depends on the machine.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def lower_bounds() -> dict[str, str]:
     return dict(bound.groups() for bound in bounds if bound)
 
 
-def make(environment: Path, lowest: bool) -> Path:
+def make(environment: Path, lowest: bool, torch_release: str) -> Path:
     """Make the virtual environment, unless it is there, and return its Python."""
     python = environment / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     bounds = lower_bounds()
-    torch = f"torch=={bounds.pop('torch')}"  # alone, since another order may pull in a build for another machine
+    bounds.pop("torch")
+    torch = f"torch=={torch_release}"  # first and alone: another order may pull in a build for another machine
     others = [f"{name}=={version}" for name, version in bounds.items()] if lowest else ["--upgrade", *bounds]
     for arguments in ([torch], [torch, *others], ["--no-deps", "--editable", str(ROOT)]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=True)
@@ -68,8 +69,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("releases", choices=["lowest", "newest"])
     parser.add_argument("environment", type=Path)
+    parser.add_argument("--torch", default="2.13.0", help="release of torch (2.13.0)")
     arguments = parser.parse_args()
-    python = make(arguments.environment.absolute(), arguments.releases == "lowest")
+    python = make(arguments.environment.absolute(), arguments.releases == "lowest", arguments.torch)
     names = [name.split("[")[0] for name in lower_bounds()]
     code = "import sys, importlib.metadata as m; print(*(f'{n}=={m.version(n)}' for n in sys.argv[1:]), sep='\\n')"
     subprocess.run([python, "-c", code, *names], check=True)
