@@ -205,7 +205,7 @@ def test_without_mlps(model_type: str) -> None:
 
 
 def test_experts_that_are_a_part_of_the_mlp(tmp_path: Path) -> None:
-    model, words = tiny_model("gemma4_text"), "experts of decoder layer 1 are but a part of its MLP"
+    model, words = tiny_model("gemma4_text"), "experts of decoder layer 1 are only a part of its MLP"
     model.save_pretrained(tmp_path)
     before = state(model)
     for one in (model, tmp_path):

@@ -140,7 +140,7 @@ def test_dry_run_under_a_launch_config(tmp_path: Path) -> None:
         (["--lm_num_examples", "0"], "lm_num_examples"),
         (["--output_dir", "{place}/full"], "not an empty folder"),
         (["--output_dir", "{place}/full", "--resume_from_checkpoint", "true"], "holds another run"),
-        (["--resume_from_checkpoint", "{place}/lm/checkpoint-7"], "should be `true`, or a whole checkpoint"),
+        (["--resume_from_checkpoint", "{place}/lm/checkpoint-7"], "should be `true`, or a complete checkpoint"),
     ],
 )
 def test_bad_requests_leave_nothing(

@@ -124,7 +124,7 @@ def test_trimmed_blocks(recipe: ModuleType, place: Path, tmp_path: Path) -> None
     ("model", "arguments", "message"),
     [
         ("mixtral", ["--num_layers", "2"], "has no field for dense layers"),
-        ("deepseek_v3", ["--num_layers", "1"], "`first_k_dense_replace` .* A search may choose .* in `layers`"),
+        ("deepseek_v3", ["--num_layers", "1"], "`first_k_dense_replace` .* A search may choose .* with `layers`"),
         ("deepseek_v3", ["--layers", "2"], r"\[0, 2\] of 4: \[1\] would have to be dense too"),
         ("qwen2_moe", ["--num_layers", "1"], r"layers \[1, 2, 3\] .* gate per token.*--export_approximate"),
         ("qwen2_moe", ["--plan", "{place}/plan.json"], r"layers \[1\] scale their shared expert by a gate"),
