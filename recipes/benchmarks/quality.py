@@ -15,7 +15,7 @@ python recipes/benchmarks/quality.py --model_name_or_path deepseek-ai/deepseek-m
 Recovery by recipes/lm_then_sft.py, two trainings for each number of layers and of experts:
 
 python recipes/benchmarks/quality.py --only recovery --layers 4 --seeds 0 \
-    --recovery_config recipes/configs/recover-quickstart-briefly.yaml
+    --recovery_config cdmoe_plugin/scripts/configs/recover-quickstart-briefly.yaml
 """
 
 from __future__ import annotations

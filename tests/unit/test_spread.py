@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,14 +156,9 @@ def test_uniform_depth_and_even() -> None:
         LayerBudget(17, "experts", dict.fromkeys(sizes, 1), sizes, 2).check()
 
 
-@pytest.fixture(scope="module", params=["condense", "lm_then_sft"])
+@pytest.fixture(scope="module", params=["condense", "recover_stages"])
 def parser(request: pytest.FixtureRequest) -> Any:
-    spec = spec_from_file_location(f"{request.param}_budgets", RECIPES / f"{request.param}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recipe: ModuleType = module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
+    script = import_module(f"cdmoe_plugin.scripts.{request.param}")
     prefix = "" if request.param == "condense" else "condense_"
 
     def parse(text: str, *arguments: str) -> dict[str, Any]:
@@ -173,7 +166,7 @@ def parser(request: pytest.FixtureRequest) -> Any:
         config.write_text("".join(f"{prefix}{line}\n" for line in text.splitlines()) + "model_name_or_path: x\n")
         given = [a.replace("--", f"--{prefix}") if a.startswith("--") else a for a in arguments]
         both = ["--config", str(config), *given, *([] if not prefix else ["--use_cpu", "--output_dir", "x"])]
-        search = recipe.make_parser().parse_args_and_config(args=both)[-1]
+        search = script.make_parser().parse_args_and_config(args=both)[-1]
         return {name.removeprefix(prefix): value for name, value in vars(search).items() if value is not None}
 
     config = request.getfixturevalue("tmp_path_factory").mktemp("yaml") / "config.yaml"
