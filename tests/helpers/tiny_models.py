@@ -52,7 +52,7 @@ class TinyArch:
 
 # Our name of a size, its default, and the fields by which config classes call it.
 _SIZES: dict[str, tuple[int | float, str]] = {
-    "vocab": (128, "vocab_size vocab_size_per_layer_input"),
+    "vocab": (128, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
     "hidden": (32, "hidden_size d_model ffn_config.hidden_size"),
     "num_layers": (4, "num_hidden_layers n_layers num_layers"),
     "heads": (4, "num_attention_heads n_heads swa_num_attention_heads"),
