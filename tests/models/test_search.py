@@ -198,7 +198,7 @@ def test_an_expert_that_no_token_chose_is_no_candidate(record: Record) -> None:
     search_plan(model, replace(SEARCH, num_experts=5, layers=[1, 2]), calibration=SEQUENCES)
     assert [4 in gates for gates in naive.naive_gates(model, SEQUENCES).values()] == [False, True, True]
     assert sorted(record.experts[1].experts) == [0, 1, 2, 3, 5]
-    with pytest.raises(ValueError, match="layer 1: only 5 of 6 experts"):
+    with pytest.raises(ValueError, match="only 5 of the 6 experts of decoder layer 1"):
         search_plan(model, replace(SEARCH, num_experts=6), calibration=SEQUENCES)
 
 
