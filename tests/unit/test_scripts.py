@@ -146,7 +146,7 @@ def test_none_is_no_text() -> None:
         (["export", "{sparse}", "--output_dir", "{new}", "--to", "gguf"], "'gguf', but only 'stock' exist"),
         (["export", "{sparse}", "--output_dir", "{new}", "--seed", "1"], "Without `--approximate`, ['seed']"),
         (["plan", "show", "{new}"], "No such file or directory: "),
-        (["plan", "show", "{list}"], "is no valid condense plan"),
+        (["plan", "show", "{list}"], "is not a valid condense plan"),
         (["plan", "merge"], "`cdmoe plan merge` does not exist"),
         (["plan", "truncate", "{plan}", "--output_file", "{new}"], "`--num_layers` or `--num_experts` is needed"),
         (["plan", "truncate", "{plan}", "--num_layers", "9", "--output_file", "{new}"], "between 1 and the plan's 2"),
