@@ -1,6 +1,6 @@
 """Every sparse architecture of transformers: what its block computes, and a table of those that work.
 
-`python -m tests.test_architectures` writes that table, docs/architectures.md. That condensing all experts behind
+`python -m tests.models.test_architectures` writes that table, docs/architectures.md. That condensing all experts behind
 uniform routers leaves the logits as they were, is in test_condensed.py; folding, saving and opening too.
 """
 
@@ -305,7 +305,7 @@ def table() -> str:
         "",
         f"Sparse decoders of transformers {TABLE_VERSION}, each tried on a tiny model with random weights:",
         f"{len(working)} can be condensed, {len(refused)} are refused with the reason.",
-        "`python -m tests.test_architectures` writes this file; a test fails when it is out of date.",
+        "`python -m tests.models.test_architectures` writes this file; a test fails when it is out of date.",
         "",
         "| model type | class | shared expert | experts | condensed |",
         "| --- | --- | --- | --- | --- |",
@@ -318,7 +318,7 @@ def test_the_table_is_up_to_date() -> None:
     if not transformers.__version__.startswith(f"{TABLE_VERSION}."):
         pytest.skip(f"the table is that of transformers {TABLE_VERSION}")
     assert all(available(model_type) for model_type in (*ARCHITECTURES, *REFUSED))
-    assert TABLE.read_text(encoding="utf-8") == table(), "run `python -m tests.test_architectures`"
+    assert TABLE.read_text(encoding="utf-8") == table(), "run `python -m tests.models.test_architectures`"
 
 
 if __name__ == "__main__":
