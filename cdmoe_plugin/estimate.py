@@ -12,7 +12,7 @@ from .loading.load import sketch_model
 from .plan import CondensePlan
 from .search.budget import experts_per_layer
 from .search.check import check_request
-from .sizes import format_bytes
+from .sizes import format_bytes, format_count
 
 
 def dry_run(
@@ -42,7 +42,7 @@ def dry_run(
     FORMS[request.form].sketch(sketch, blocks, experts_per_layer(request, layers, blocks))
     after = sketch.num_parameters()
     rows = [
-        (name, f"{count:,}", f"{count / 1e9:.2f} B", format_bytes(count * width), f"{1 - count / before:.1%}")
+        (name, f"{count:,}", format_count(count), format_bytes(count * width), f"{1 - count / before:.1%}")
         for name, count in (("sparse", before), (f"{len(layers)} layers {FORM_TEXTS[request.form].done}", after))
     ]
     return format_table(["model", "parameters", "", "weights", "saved"], rows)

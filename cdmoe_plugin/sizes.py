@@ -39,3 +39,8 @@ def read_budget(value: object) -> tuple[int, Unit]:
 def format_bytes(count: int) -> str:
     """Format a number of bytes in GiB, or in MiB below one GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def format_count(count: int) -> str:
+    """Format a number of parameters in billions (B), or in millions (M) below one billion."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

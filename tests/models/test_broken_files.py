@@ -167,7 +167,7 @@ UNUSABLE = [
     ("experts 2", {"scores": None}, "should hold experts, scores and gates"),
     ("experts 2", {"scores": [1, 2, True]}, "finite number"),
     ("experts 2", {"tokens": [1]}, "2 experts but 1 counts"),
-    ("experts 2", {"tokens": [1, -1]}, "whole number from 0"),
+    ("experts 2", {"tokens": [1, -1]}, "whole number of at least 0"),
     ("experts 2", {"other": 1}, "should hold experts, scores and gates"),
     ("experts 0", {}, "a layer that is not searched"),
     ("experts x", {}, "a layer that is not searched"),
