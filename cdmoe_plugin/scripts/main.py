@@ -10,8 +10,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from .. import __version__
-
 COMMANDS = {
     "condense": "search a plan, or apply one, and save the condensed model",
     "recover": "train the condensed layers: language modelling, then fine-tuning",
@@ -46,9 +44,6 @@ def main(args: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(HELP, end="")
-        return 0
-    if name == "--version":
-        print(f"cdmoe_plugin {__version__}")
         return 0
     if name not in COMMANDS:
         print(f"cdmoe: error: unknown command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
