@@ -70,10 +70,9 @@ def condense_pretrained(
     config = _checked(config, plan)
     if isinstance(model, PreTrainedModel):
         loaded, data = _given(model, config, plan, calibration, tokenizer, model_kwargs)
+    elif plan is not None and config.refit is None and opens_in_part(plan):
+        return _opened_in_part(model, plan, model_kwargs)
     else:
-        _check_loading(model, model_kwargs)
-        if plan is not None and config.refit is None and opens_in_part(plan):
-            return load_condensed(model, plan, **model_kwargs)
         loaded, data = _opened_whole(model, config, plan, calibration, tokenizer, model_kwargs)
     plan = plan or search_plan(loaded, config, calibration=data, state_dir=state_dir, accelerator=accelerator)
     return apply_plan(loaded, plan, config, calibration=data)
@@ -200,6 +199,12 @@ def _given(
     return model, calibration_for(model, calibration, config, tokenizer) if needed else None
 
 
+def _opened_in_part(path: str | os.PathLike, plan: CondensePlan, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Open a sparse checkpoint as a condensed model, without reading the experts that the plan drops."""
+    _check_loading(path, model_kwargs)
+    return load_condensed(path, plan, **model_kwargs)
+
+
 def _opened_whole(
     path: str | os.PathLike,
     config: CondenseConfig,
@@ -209,6 +214,7 @@ def _opened_whole(
     model_kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, Calibration | None]:
     """Open a whole sparse checkpoint, with calibration data if needed. Errors are raised before weights are read."""
+    _check_loading(path, model_kwargs)
     sketch, blocks = sketch_model(path, model_kwargs)
     check_request(plan or config, sketch, blocks)
     data = None
