@@ -93,7 +93,7 @@ def refit_layers(
                     mlp = fold(block, chosen[layer].experts, chosen[layer].gates)
                     goals: list[Tensor] | None = None
                     if config.refit_target == "model":
-                        goals = [state[0] for state in outputs]
+                        goals = [given[0] for given in outputs]
                     examples = LayerExamples(stream, block, condensed, goals, config.cache_bytes)
                     fits[layer] = refit(mlp, examples)
                     mlps[layer] = mlp
@@ -110,7 +110,7 @@ def refit_layers(
     return mlps, fits
 
 
-def _run(stream: LayerStream, layer: int, states: list[LayerOutput]) -> list[LayerOutput]:
-    outputs = [stream.run_layer(layer, state, i) for i, state in enumerate(states)]
+def _run(stream: LayerStream, layer: int, inputs: list[LayerOutput]) -> list[LayerOutput]:
+    outputs = [stream.run_layer(layer, given, i) for i, given in enumerate(inputs)]
     stream.check_finite()
     return outputs

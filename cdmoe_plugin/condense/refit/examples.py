@@ -53,7 +53,7 @@ class LayerExamples:
     Args:
         stream (`LayerStream`): The model, with earlier layers condensed.
         block (`SparseBlock`): The layer's sparse block.
-        states (`list[LayerOutput]`): The layer's input in the condensed model, per batch.
+        inputs (`list[LayerOutput]`): The layer's input in the condensed model, per batch.
         goals (`list[Tensor] | None`): The layer's output in the unmodified model, `[B, S, H]` per batch. The target is
             then the block output with which the condensed model reaches it, which also corrects errors of earlier
             layers; with several residual streams `[B, S, n, H]`, the output that comes nearest. If None, and in layers
@@ -66,13 +66,13 @@ class LayerExamples:
         self,
         stream: LayerStream,
         block: SparseBlock,
-        states: list[LayerOutput],
+        inputs: list[LayerOutput],
         goals: list[Tensor] | None,
         cache_bytes: int,
     ) -> None:
         self.stream = stream
         self.block = block
-        self.states = states
+        self.inputs = inputs
         self.goals = goals
         self._left = cache_bytes
         self._kept: dict[int, tuple[Example, Tensor]] = {}
@@ -80,7 +80,7 @@ class LayerExamples:
         self._first_sequence = counts[:-1]
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.inputs)
 
     def fit(self, batch: int) -> Example:
         """Return the tokens of a batch to fit on."""
@@ -105,7 +105,7 @@ class LayerExamples:
             return self._kept[batch]
         valid = self.stream.valid(batch)
         call, output = LayerRecorder(self.stream, self.block).record(
-            self.states[batch], batch, torch.ones(int(valid.sum()))
+            self.inputs[batch], batch, torch.ones(int(valid.sum()))
         )
         valid = valid.to(output[0].device)
         target, hidden = call.target, output[0][valid].float()

@@ -24,26 +24,26 @@ def similar_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     (including the residual) in the unmodified model, in float64. Ties go to the lower index. See arXiv 2406.15786.
     """
     similarities: dict[int, float] = {}
-    states = list(data.stream.embeddings)
+    inputs = list(data.stream.embeddings)
     for layer in logging.tqdm(range(max(data.candidates) + 1), desc="Layer similarities", unit="layer"):
         with data.stream.in_memory(layer):
-            outputs = [data.stream.run_layer(layer, state, batch) for batch, state in enumerate(states)]
+            outputs = [data.stream.run_layer(layer, given, batch) for batch, given in enumerate(inputs)]
             data.stream.check_finite()
             if layer in data.candidates:
                 name = f"similarity {layer}"
                 if name not in data.known:
-                    data.known[name] = _similarity(data, layer, states, outputs)
+                    data.known[name] = _similarity(data, layer, inputs, outputs)
                 similarities[layer] = data.known[name]
-        states = outputs
+        inputs = outputs
     order = ascending({layer: -similarity for layer, similarity in similarities.items()})[:num_layers]
     return LayerOrder(order, [], similarities=similarities)
 
 
-def _similarity(data: LayerSearchData, layer: int, states: list[LayerOutput], outputs: list[LayerOutput]) -> float:
+def _similarity(data: LayerSearchData, layer: int, inputs: list[LayerOutput], outputs: list[LayerOutput]) -> float:
     parts = []
-    for batch, (state, output) in enumerate(zip(states, outputs, strict=True)):
+    for batch, (given, output) in enumerate(zip(inputs, outputs, strict=True)):
         leaving = output[0].flatten(2)  # a few architectures have several residual streams
-        entering = data.entering(layer, state, batch).flatten(2)
+        entering = data.entering(layer, given, batch).flatten(2)
         valid = data.stream.valid(batch).to(leaving.device)
         cosines = cosine_similarity(entering[valid].double(), leaving[valid].double(), dim=-1)
         parts.append(cosines @ data.token_weights[batch].to(cosines))

@@ -109,10 +109,10 @@ class ModelVariants:
         together = max(1, self.data.cache_bytes // (max(stream.output_bytes, 1) * (len(variants) + 1)))
         for start in range(0, len(stream.batches), together):
             batches = range(len(stream.batches))[start : start + together]
-            states = self._run(variants, batches, tick)
+            hidden = self._run(variants, batches, tick)
             for batch in batches:
-                last = [states[variant][batch] for variant in variants]
-                yield [self.data.comparison.output(stream.finish(state), batch) for state in last]
+                last = [hidden[variant][batch] for variant in variants]
+                yield [self.data.comparison.output(stream.finish(output), batch) for output in last]
 
     def _run(
         self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
@@ -120,7 +120,7 @@ class ModelVariants:
         """Compute the last layer's output of every variant, by batch."""
         stream = self.data.stream
         # By the layers condensed so far: all variants begin as one.
-        states: dict[Condensed, dict[int, LayerOutput]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
+        hidden: dict[Condensed, dict[int, LayerOutput]] = {frozenset(): {b: stream.embeddings[b] for b in batches}}
         for layer in range(len(stream)):
             wanted = {frozenset(i for i in variant if i <= layer) for variant in variants}
             condensed = sorted((done for done in wanted if layer in done), key=sorted)
@@ -129,24 +129,24 @@ class ModelVariants:
             with stream.in_memory(layer):
                 if condensed:
                     with self.data.condense(layer):
-                        after = _ran(stream, layer, [states[done - {layer}] for done in condensed])
-                states = {done: states[done] for done in sparse}
-                _ran(stream, layer, list(states.values()), in_place=True)
-            states.update(zip(condensed, after, strict=True))
+                        after = _ran(stream, layer, [hidden[done - {layer}] for done in condensed])
+                hidden = {done: hidden[done] for done in sparse}
+                _ran(stream, layer, list(hidden.values()), in_place=True)
+            hidden.update(zip(condensed, after, strict=True))
             tick(len(batches))
         stream.check_finite()
-        return states
+        return hidden
 
 
 def _ran(
     stream: LayerStream, layer: int, inputs: Sequence[dict[int, LayerOutput]], in_place: bool = False
 ) -> list[dict[int, LayerOutput]]:
     """Run a layer on the inputs of several variants by batch, optionally replacing the inputs by the outputs."""
-    outputs = inputs if in_place else [dict(states) for states in inputs]
+    outputs = inputs if in_place else [dict(hidden) for hidden in inputs]
     for batch in inputs[0] if inputs else ():
-        found = stream.run_together(layer, [states[batch] for states in inputs], batch)
-        for states, output in zip(outputs, found, strict=True):
-            states[batch] = output
+        found = stream.run_together(layer, [hidden[batch] for hidden in inputs], batch)
+        for hidden, output in zip(outputs, found, strict=True):
+            hidden[batch] = output
     return list(outputs)
 
 
