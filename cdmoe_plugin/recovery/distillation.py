@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..blocks import SparseBlock, find_sparse_blocks, hidden_of, model_shape
 from ..condense.place import standing_in
-from ..decoder.stream import decoder_of
+from ..decoder.stream import decoder_of, searching
 from ..loading.load import check_whole
 from ..model.lookup import condensed_layers
 from ..plan import CondensePlan
@@ -162,7 +162,7 @@ class Distillation:
         """Measure the constant factor of the model's logits, for which configs have many names."""
         head: Any = self.model.get_output_embeddings()
         ids = torch.arange(2, 6, device=head.weight.device)[None]
-        with eval_mode(self.model):
+        with searching(self.model):
             output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
             raw = head(decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state).float()
         logits = output.logits.float()
@@ -173,17 +173,6 @@ class Distillation:
                 f"of {type(self.model).__name__} are not. Use 'blocks'."
             )
         return 1.0 if abs(scale - 1.0) < 0.01 else scale
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode inside the context."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def check_distillation(target: str, weight: float, temperature: float) -> None:
