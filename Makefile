@@ -9,11 +9,11 @@ quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The unit layer alone, to run while writing.
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -14,19 +14,23 @@ from .after_import import call_after_import as _call_after_import
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # a type checker does not follow `__getattr__`
+    from .adapter.config import CondenseAdapterConfig  # noqa: F401
     from .api import apply_plan, condense_pretrained, search_plan  # noqa: F401
     from .config import CondenseConfig  # noqa: F401
+    from .export.dense import export_dense  # noqa: F401
     from .export.stock import export_stock  # noqa: F401
     from .model.training import condensed_module_names, unfreeze_condensed  # noqa: F401
     from .plan import CondensedLayer, CondensePlan  # noqa: F401
 
 _MODULES = {
+    "CondenseAdapterConfig": "adapter.config",
     "CondenseConfig": "config",
     "CondensePlan": "plan",
     "CondensedLayer": "plan",
     "apply_plan": "api",
     "condense_pretrained": "api",
     "condensed_module_names": "model.training",
+    "export_dense": "export.dense",
     "export_stock": "export.stock",
     "search_plan": "api",
     "unfreeze_condensed": "model.training",
@@ -49,4 +53,9 @@ def _register() -> None:
     importlib.import_module(".model.registration", __name__)
 
 
+def _register_adapter() -> None:
+    importlib.import_module(".adapter.model", __name__).register()
+
+
 _call_after_import("transformers.models.auto.configuration_auto", _register)
+_call_after_import("peft", _register_adapter)

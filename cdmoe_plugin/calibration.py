@@ -1,43 +1,62 @@
-"""Calibration data: a hub name, a local file, a `Dataset`, texts or token ids become batches of token ids."""
+"""Calibration data: samples of every supported kind become batches of token ids."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from tqdm import tqdm
 from transformers.utils import logging
 
 from .checks import is_int
 from .config import CondenseConfig
-from .data import C4_FILES, C4_NAME, TEXTS, is_local, open_file, open_hub
+from .images import has_media, media_samples
+from .naming import base_checkpoint
+from .samples import Chat, Lines, draw, open_samples
+from .tokenizing import adds_first_token, checkpoint_tokenizer, cut, open_tokenizer, revision_of, tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.get_logger(__name__)
 
-_TEXT_COLUMNS = ("text", "content")
+# With fewer calibration tokens, a warning is logged.
+FEW_TOKENS = 5_000
+# The paper's sample, which `num_samples="auto"` has at least, from at least so many sequences.
+PAPER_TOKENS = 51_200
+_FEWEST_SAMPLES = 10
+# Longer samples count as several of a batch, for the memory that attention and masks need.
+_LONG = 2048
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids `[B, S]` int64, padded on the right, and their attention mask `[B, S]` int64 (1 is a token)."""
+    """Token ids `[B, S]` int64, padded on the right, and their attention mask `[B, S]` int64 (1 is a token).
+
+    `others` are further inputs of a multimodal model by name, such as the pixel values of images.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def truncate(self, rows: int, length: int) -> TokenBatch:
-        """Return the first `length` tokens of the first `rows` sequences."""
+        """Return the first `length` tokens of the first `rows` sequences, without images."""
         return TokenBatch(self.input_ids[:rows, :length], self.attention_mask[:rows, :length])
+
+    def rows(self, rows: Sequence[int]) -> TokenBatch:
+        """Return some of the sequences, without images."""
+        chosen = torch.tensor(rows)
+        mask = self.attention_mask[chosen]
+        length = int(mask.sum(1).max())
+        return TokenBatch(self.input_ids[chosen, :length], mask[:, :length])
 
     @classmethod
     def random(cls, model: PreTrainedModel) -> TokenBatch:
@@ -56,6 +75,7 @@ class Calibration:
         num_samples (`int`): Number of sequences.
         num_tokens (`int`): Number of tokens, without padding.
         fingerprint (`str`): SHA-256 of the token ids in the order in which they were drawn.
+        pad (`int`, defaults to 0): The token id of padding.
     """
 
     batches: list[TokenBatch]
@@ -63,6 +83,7 @@ class Calibration:
     num_samples: int
     num_tokens: int
     fingerprint: str
+    pad: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries that a plan keeps: source, numbers of samples and tokens, and fingerprint."""
@@ -76,97 +97,206 @@ def load_calibration(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_config: PreTrainedConfig | None = None,
     find_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    num_tokens: int | None = None,
 ) -> Calibration:
-    """Turn calibration data of any supported kind into token batches.
+    """Turn calibration data of any supported kind into token batches, and print their number.
+
+    The line is printed where transformers' progress bars are, and not if those are disabled.
 
     Args:
-        source: None (C4 as in the paper), a name on the hub, a local .txt/.json/.jsonl/.parquet file, a `Dataset`, a
-            list of texts, or a list of token-id lists or 1-D tensors.
+        source: None (C4 as in the paper); the name of a dataset on the hub, as `name:config@split`, the latter two
+            optional; a local .txt, .json, .jsonl, .parquet, .csv, .tsv or .arrow file, which may be compressed, or a
+            folder of such files; a `Dataset`; a list of texts, chats, token-id lists or 1-D tensors; or the output of
+            a tokenizer. A text is one sample, except for .txt files, which are cut into samples of `max_length` tokens
+            across lines. Padding is what the attention mask says or, without one, the padding token at both ends.
+            A `Dataset` with the columns that the processor of a multimodal model makes (`input_ids`, `pixel_values`,
+            ...) has one sequence with its images in each row, which is used whole, whatever its length.
         config (`CondenseConfig`): Number and length of samples, batch size, seed.
-        tokenizer: Needed for texts only. Its own special tokens are added (DeepSeek's has a BOS).
-        model_config (*optional*): Gives the id of the padding token if no tokenizer does.
-        find_tokenizer (*optional*): Called if texts need a tokenizer and none is given.
+        tokenizer: Needed for texts and chats only. Its own special tokens are added to texts (DeepSeek's has a BOS);
+            its chat template renders chats.
+        model_config (*optional*): Gives the id of the padding token if no tokenizer does, and the number of positions,
+            to which samples are cut as well.
+        find_tokenizer (*optional*): Called if texts or chats need a tokenizer and none is given.
+        num_tokens (`int`, *optional*): Number of tokens for `num_samples="auto"`, at least; the paper's if lower.
 
     Raises:
-        ValueError: if there is no text, no tokenizer for texts, no column with texts, or no sequence of at least two
-            tokens.
+        ValueError: if there is no text, no tokenizer for texts, no chat template for chats, no column with samples, or
+            no sequence of at least two tokens.
     """
-    name, samples = _open(source)
-    drawn = _draw(samples, config)
-    if not drawn:
-        raise ValueError(f"The calibration data ({name}) is empty.")
-    if tokenizer is None and find_tokenizer is not None and isinstance(drawn[0], str):
+    if has_media(source):
+        return _with_media(source, config, num_tokens)
+    text_config = _text_config(model_config)
+    config = _within_positions(config, text_config)
+    wanted = _wanted(config, num_tokens)
+    name, samples = open_samples(source)
+    if wanted is not None and isinstance(samples, Lines):
+        config = replace(config, num_samples=max(_FEWEST_SAMPLES, -(-wanted // config.max_length)))
+    drawn = samples if isinstance(samples, Lines) else draw(samples, config)
+    first = next(drawn, None) if isinstance(drawn, Iterator) else None
+    is_text = isinstance(first, str) or isinstance(drawn, Lines)
+    if tokenizer is None and find_tokenizer is not None and (is_text or isinstance(first, Chat)):
         tokenizer = find_tokenizer()
-    sequences = _tokenize(drawn, tokenizer, config.max_length, name)
-    special = tokenizer if getattr(tokenizer, "pad_token_id", None) is not None else model_config
-    sequences = [_strip_padding(ids, special)[: config.max_length] for ids in sequences]
-    sequences = [ids for ids in sequences if len(ids) >= 2]
+    special = tokenizer if getattr(tokenizer, "pad_token_id", None) is not None else text_config
+    found: list[list[int]] = []
+    if isinstance(drawn, Lines):
+        found = cut(drawn, tokenizer, config, name)
+    elif first is not None:
+        drawn = chain([first], drawn)
+        while some := list(islice(drawn, _next_number(found, wanted, config))):
+            found += tokenize(some, tokenizer, config, special, name)
+    if not found:
+        raise ValueError(f"The calibration data ({name}) is empty.")
+    sequences = [ids for ids in found if len(ids) >= 2]
     if not sequences:
         raise ValueError(
-            f"The calibration data ({name}) has no sequence of at least two tokens that are not padding; {len(drawn)} "
+            f"The calibration data ({name}) has no sequence of at least two tokens that are not padding; {len(found)} "
             "samples were read."
         )
-    dropped = len(drawn) - len(sequences)
+    dropped = len(found) - len(sequences)
     if dropped:
-        logger.warning(f"{dropped} of {len(drawn)} calibration samples have fewer than two tokens and are not used.")
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    ordered = sorted(sequences, key=len)
-    groups = [ordered[i : i + config.batch_size] for i in range(0, len(ordered), config.batch_size)]
+        logger.warning(f"{dropped} of {len(found)} calibration samples have fewer than two tokens and are not used.")
+    calibration = collate(sequences, name, config.batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
+    bare = is_text and not adds_first_token(tokenizer)
+    _announce(calibration, wanted, "; the tokenizer adds no token before a text" if bare else "")
+    return calibration
+
+
+def collate(sequences: Sequence[list[int]], source: str, batch_size: int, pad: int) -> Calibration:
+    """Put sequences of token ids into batches, those of similar length together.
+
+    Args:
+        sequences (`Sequence[list[int]]`): The sequences in the order in which they were drawn.
+        source (`str`): The data that the user named.
+        batch_size (`int`): Sequences per batch; one of more than 2,048 tokens counts as several.
+        pad (`int`): The token id of padding.
+    """
+    groups: list[list[list[int]]] = []
+    for row in sorted(sequences, key=len):
+        number = min(batch_size, batch_size * _LONG // len(row))
+        if not groups or len(groups[-1]) >= number:
+            groups.append([])
+        groups[-1].append(row)
+    digest = hashlib.sha256()
+    for i, row in enumerate(sequences):
+        digest.update(f"{', ' if i else '['}{row}".encode())
+    digest.update(b"]")
     return Calibration(
         batches=[_pad(group, pad) for group in groups],
-        source=name,
+        source=source,
         num_samples=len(sequences),
         num_tokens=sum(map(len, sequences)),
-        fingerprint=hashlib.sha256(repr(sequences).encode()).hexdigest(),
+        fingerprint=digest.hexdigest(),
+        pad=pad,
     )
 
 
+def _wanted(config: CondenseConfig, num_tokens: int | None) -> int | None:
+    """Return the number of tokens to draw with `num_samples="auto"`; None with a number of samples."""
+    return max(PAPER_TOKENS, num_tokens or 0) if config.num_samples == "auto" else None
+
+
+def _next_number(found: Sequence[Sized], wanted: int | None, config: CondenseConfig) -> int:
+    """Return how many samples to read next: all at once, or until there are as many tokens as wanted."""
+    if wanted is None:
+        return 0 if found else int(config.num_samples)
+    missing = -(-(wanted - sum(map(len, found))) // config.max_length)
+    return max(0, missing, _FEWEST_SAMPLES - len(found))
+
+
+def _with_media(dataset: Any, config: CondenseConfig, num_tokens: int | None) -> Calibration:
+    """Turn a dataset of a processor's outputs into batches of one sample each."""
+    wanted = _wanted(config, num_tokens)
+    samples: list[dict[str, Tensor]] = []
+    tokens = 0
+    for sample in islice(media_samples(dataset, config.seed), None if wanted else int(config.num_samples)):
+        samples.append(sample)
+        tokens += sample["input_ids"].numel()
+        if wanted is not None and tokens >= wanted and len(samples) >= _FEWEST_SAMPLES:
+            break
+    samples.sort(key=lambda inputs: inputs["input_ids"].numel())
+    if not samples:
+        raise ValueError(f"The calibration data (a {type(dataset).__name__}) is empty.")
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name, value in sorted(sample.items()):
+            digest.update(f"{name} {list(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    calibration = Calibration(
+        batches=[TokenBatch(each.pop("input_ids"), each.pop("attention_mask"), each) for each in samples],
+        source=f"a {type(dataset).__name__}",
+        num_samples=len(samples),
+        num_tokens=tokens,
+        fingerprint=digest.hexdigest(),
+    )
+    _announce(calibration, wanted)
+    return calibration
+
+
 def calibration_for(
-    model: PreTrainedModel, source: Any, config: CondenseConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    source: Any,
+    config: CondenseConfig,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | str | os.PathLike | None = None,
+    num_tokens: int | None = None,
 ) -> Calibration:
     """Load calibration data for a loaded model, with its checkpoint's tokenizer if none is given.
 
     Args:
         model (`PreTrainedModel`): The model that the token ids are for.
         source: As in `load_calibration`; a `Calibration` is checked and returned.
-        config (`CondenseConfig`), tokenizer (*optional*): As in `load_calibration`.
+        config (`CondenseConfig`): As in `load_calibration`.
+        tokenizer (*optional*): A tokenizer, its name or folder, or a processor.
+        num_tokens (`int`, *optional*): As in `load_calibration`.
 
     Raises:
         ValueError: as `load_calibration`, and if the model has no embedding for a token id.
     """
     if not isinstance(source, Calibration):
-        path = model.name_or_path
-        own = (lambda: checkpoint_tokenizer(path)) if path else None
-        source = load_calibration(source, config, tokenizer, model.config, own)
+        path = base_checkpoint(model)
+        own = (lambda: checkpoint_tokenizer(path, **revision_of(model))) if path else None
+        opened = None if tokenizer is None else open_tokenizer(tokenizer)
+        source = load_calibration(source, config, opened, model.config, own, num_tokens)
     _check_vocabulary(model, source)
     return source
 
 
-def checkpoint_tokenizer(path: str | os.PathLike, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Open the tokenizer of a checkpoint. An empty tokenizer, which transformers may make up, is refused.
+def _announce(calibration: Calibration, wanted: int | None, note: str = "") -> None:
+    """Print how much data is used, beside the progress bars of the search, and warn if it is little."""
+    tokens = f"{calibration.num_tokens:,} tokens"
+    if logging.is_progress_bar_enabled() and os.environ.get("RANK", "0") == "0":
+        samples = "1 sample" if calibration.num_samples == 1 else f"{calibration.num_samples:,} samples"
+        source = "" if calibration.source == "token ids" else f" of {calibration.source}"
+        if wanted is not None:
+            which = "all of the data, which has fewer than" if calibration.num_tokens < wanted else "at least"
+            note = f" ({which} {wanted:,}, by `num_samples='auto'`){note}"
+        tqdm.write(f"Calibration: {samples}, {tokens}{source}{note}", file=sys.stderr)
+    if calibration.num_tokens < FEW_TOKENS:
+        logger.warning(
+            f"The calibration data has {tokens}, which is little to choose experts and layers by: use at least "
+            f"{FEW_TOKENS:,}. The paper uses 100 samples of 512 tokens."
+        )
 
-    Args:
-        path (`str` or `os.PathLike`): Hub name or folder.
-        **kwargs: Passed to `AutoTokenizer.from_pretrained` (`revision`, ...).
 
-    Raises:
-        ValueError: if the checkpoint has no tokenizer, or an empty one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        if len(tokenizer) > len(tokenizer.all_special_ids):
-            return tokenizer
-        reason = "the checkpoint has none"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise ValueError(
-        f"The calibration data is text, but no tokenizer can be opened from {str(path)!r}: pass `tokenizer=` as well, "
-        f"or token ids ({reason})."
+def _text_config(model_config: Any) -> Any:
+    return model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+
+
+def _within_positions(config: CondenseConfig, model_config: Any) -> CondenseConfig:
+    """Return the config with a `max_length` that a model has positions for."""
+    positions: Any = getattr(model_config, "max_position_embeddings", None)
+    if not is_int(positions) or not 2 <= positions < config.max_length:
+        return config
+    logger.warning(
+        f"`max_length` is {config.max_length}, but the model has {positions} positions (`max_position_embeddings`): "
+        f"calibration samples are cut to {positions} tokens."
     )
+    return replace(config, max_length=positions)
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
+    try:
+        embeddings: Any = model.get_input_embeddings()
+    except NotImplementedError:  # the wrapper of qwen3_omni_moe has no embeddings of its own
+        return model.config.get_text_config().vocab_size
     return embeddings.weight.shape[0]
 
 
@@ -178,107 +308,6 @@ def _check_vocabulary(model: PreTrainedModel, calibration: Calibration) -> None:
             f"The calibration data ({calibration.source}) has the token id {highest}, but the model knows {size} "
             "tokens: the data was tokenised for another model."
         )
-
-
-def _open(source: Any) -> tuple[str, Iterable[Any]]:
-    if source is None:
-        return f"{C4_NAME} ({C4_FILES})", _stream_hub(C4_NAME, data_files={"train": C4_FILES})
-    if isinstance(source, (str, os.PathLike)):
-        if is_local(source, TEXTS):
-            dataset = open_file(Path(source), "calibration", TEXTS)
-            return str(source), [] if dataset is None else _column(dataset)
-        return str(source), _stream_hub(str(source))
-    if isinstance(getattr(source, "column_names", None), dict):
-        raise ValueError(f"The calibration data has the splits {list(source)}: pass one of them.")
-    if hasattr(source, "column_names"):
-        return f"a {type(source).__name__}", _column(source)
-    if getattr(source, "ndim", None) == 2:
-        return "token ids", list(source)
-    if isinstance(source, Sequence):
-        kinds = {"texts" if isinstance(sample, str) else "token ids" for sample in source}
-        if len(kinds) > 1:
-            raise ValueError("The calibration data mixes texts and token ids.")
-        return kinds.pop() if kinds else "an empty list", source
-    raise ValueError(
-        "`calibration` should be None (C4), a hub name, a local .txt/.json/.jsonl/.parquet file, a Dataset, a list of "
-        f"texts or a list of token ids, but is a {type(source).__name__}."
-    )
-
-
-def _stream_hub(name: str, **kwargs: Any) -> Any:
-    advice = "Pass `calibration=` a local .txt/.json/.jsonl/.parquet file, a Dataset, texts or token ids."
-    return _column(open_hub(name, "calibration", advice, streaming=True, **kwargs))
-
-
-def _column(dataset: Any) -> Any:
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if "input_ids" in columns:
-        return dataset.select_columns("input_ids")
-    name = next((column for column in _TEXT_COLUMNS if column in columns), None)
-    if name is None and len(columns) == 1:
-        name = columns[0]
-    if name is None:
-        raise ValueError(
-            f"The calibration data has the columns {columns}; it needs one named 'text' (or 'input_ids' for token ids)."
-        )
-    return dataset.select_columns(name)
-
-
-def _draw(samples: Any, config: CondenseConfig) -> list[Any]:
-    """Draw at most `num_samples` of the samples that are not blank; those of a list in memory keep its order."""
-    if hasattr(samples, "shuffle"):  # a dataset of one column
-        streams = not hasattr(samples, "__len__")
-        # In memory: otherwise the order of all rows would be written to the cache.
-        rows = samples.shuffle(config.seed, **({"buffer_size": 10_000} if streams else {"keep_in_memory": True}))
-        drawn = (sample for row in rows for sample in row.values() if not _is_blank(sample))
-        return list(islice(drawn, config.num_samples))
-    samples = [sample for sample in samples if not _is_blank(sample)]
-    if len(samples) > config.num_samples:
-        rows = sorted(random.Random(config.seed).sample(range(len(samples)), config.num_samples))
-        samples = [samples[row] for row in rows]
-    return samples
-
-
-def _is_blank(sample: Any) -> bool:
-    if sample is not None and not hasattr(sample, "__len__"):
-        raise ValueError(f"A calibration sample should be a text or a list of token ids, but one is {sample!r}.")
-    return not sample.strip() if isinstance(sample, str) else sample is None or len(sample) == 0
-
-
-def _tokenize(samples: list[Any], tokenizer: Any, max_length: int, name: str) -> list[list[int]]:
-    if isinstance(samples[0], str):
-        if tokenizer is None:
-            raise ValueError(f"The calibration data ({name}) is text: pass `tokenizer=` as well, or token ids.")
-        return tokenizer(samples, truncation=True, max_length=max_length)["input_ids"]
-    sequences = []
-    for i, sample in enumerate(samples):
-        ids = sample.reshape(-1).tolist() if _is_row(sample) else list(sample)
-        if not all(is_int(token) and token >= 0 for token in ids):
-            raise ValueError(f"Calibration sample {i} should be a list of token ids, but is {str(sample)[:60]}.")
-        sequences.append(ids)
-    return sequences
-
-
-def _is_row(sample: Any) -> bool:
-    """Return whether a sample is a tensor or array `[T]`, or `[1, T]` as tokenizers return it."""
-    return hasattr(sample, "tolist") and (sample.ndim == 1 or (sample.ndim == 2 and sample.shape[0] == 1))
-
-
-def _strip_padding(ids: list[int], special: Any) -> list[int]:
-    """Remove the padding at both ends; of a pad token that is also BOS or EOS, one stays."""
-    pad = getattr(special, "pad_token_id", None)
-    if pad is None:
-        return ids
-    start, end = 0, len(ids)
-    while start < end and ids[start] == pad:
-        start += 1
-    while end > start and ids[end - 1] == pad:
-        end -= 1
-    if start == end:
-        return []
-    ends = (getattr(special, "bos_token_id", None), getattr(special, "eos_token_id", None))  # one id, or several
-    margin = 1 if any(pad in end if isinstance(end, (list, tuple)) else pad == end for end in ends) else 0
-    return ids[max(0, start - margin) : end + margin]
 
 
 def _pad(group: list[list[int]], pad: int) -> TokenBatch:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,6 +62,12 @@ def weights_source(hook: AlignDevicesHook) -> Any:
 def is_offloaded(module: nn.Module) -> bool:
     """Return whether weights of a module or of its submodules are offloaded."""
     return any(offloading_hooks(part) for part in module.modules())
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Return whether weights of a module or of its submodules are read from the disk when it is called."""
+    hooks = [hook for part in module.modules() for hook in offloading_hooks(part)]
+    return any(_folder(hook) is not None or _checkpoint(hook) is not None for hook in hooks)
 
 
 def unreachable(model: nn.Module) -> list[str]:
@@ -115,17 +123,50 @@ def offload_like(module: nn.Module, example: nn.Module, name: str) -> None:
     attach_align_device_hook(module, device, offload=True, weights_map=on_disk)
 
 
-def checkpoint_state(model: nn.Module) -> dict[str, Tensor] | None:
+def checkpoint_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return an offloaded model's weights under the names of its checkpoint, or None if their source has no such names.
+
+    The first are in memory, the others are read when indexed with `...`.
 
     A source has them if it has a method `checkpoint_state`, as `loading.layers_on_disk.CheckpointLayers`.
     """
     for module in model.modules():
         for hook in offloading_hooks(module):
-            source: Any = getattr(weights_source(hook), "state_dict", None)
-            if hasattr(source, "checkpoint_state"):
+            source = _checkpoint(hook)
+            if source is not None:
                 return source.checkpoint_state(model)
     return None
+
+
+def refuse_replacing(model: nn.Module, folder: str | os.PathLike, replaced: re.Pattern[str]) -> None:
+    """Refuse to save a model over the files from which its offloaded weights are read.
+
+    Args:
+        model (`nn.Module`): The model, offloaded or not.
+        folder (`str` or `os.PathLike`): The folder in which files will be replaced.
+        replaced (`re.Pattern`): Their names.
+
+    Raises:
+        ValueError: naming a file that the model would lose.
+    """
+    target = Path(folder).resolve()
+    for file in sorted(_files_in_use(model)):
+        if replaced.fullmatch(file.name) and target in (file.parent.resolve(), file.resolve().parent):
+            raise ValueError(
+                f"`save_directory` {folder} has the file {file.name}, from which the model's offloaded weights are "
+                "read. Choose another folder."
+            )
+
+
+def _files_in_use(model: nn.Module) -> set[Path]:
+    sources = {id(s): s for part in model.modules() for s in map(weights_source, offloading_hooks(part))}
+    files: set[Path] = set()
+    for source in sources.values():
+        index: Any = getattr(source, "index", None) or {}
+        files |= {Path(entry["safetensors_file"]) for entry in index.values() if "safetensors_file" in entry}
+        # A checkpoint's own files, as of `loading.layers_on_disk.CheckpointLayers`.
+        files |= {Path(file) for file in getattr(getattr(source, "state_dict", None), "files", ())}
+    return files
 
 
 def release_freed_memory() -> None:
@@ -133,6 +174,12 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def _checkpoint(hook: AlignDevicesHook) -> Any:
+    """Return the checkpoint from which a hook reads weights, as `CheckpointLayers`; None if they are elsewhere."""
+    source: Any = getattr(weights_source(hook), "state_dict", None)
+    return source if hasattr(source, "checkpoint_state") else None
 
 
 def _folder(hook: AlignDevicesHook) -> Path | None:

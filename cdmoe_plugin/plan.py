@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,123 +9,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .atomic import read_json, write_json
-from .checks import (
-    is_int,
-    read_by_layer,
-    read_flat_mapping,
-    read_list,
-    read_mapping,
-    read_object,
-    read_real,
-    read_whole,
-    short,
-)
+from .atomic import write_json
+from .checks import is_int, read_by_layer, read_flat_mapping, read_list, read_object, read_whole, short
 from .config import FORMS
+from .plan_files import plan_file
+from .plan_layer import CondensedLayer, layers_of, size_restrictions
 from .reference import read_reference
+from .shapes import ModelShape
+from .sizes import read_target
+from .spread import Spread
 
 VERSION = 1
-PLAN_FILE = "condense_plan.json"
-
-
-@dataclass(frozen=True)
-class SparseLayerShape:
-    """The sizes of one sparse layer, which tell a plan's model from others.
-
-    Args:
-        layer (`int`): Decoder layer index.
-        num_experts (`int`): Routed experts N.
-        intermediate_size (`int`): Neurons of one routed expert.
-        shared_intermediate_size (`int`): Neurons of the shared expert; 0 without one.
-    """
-
-    layer: int
-    num_experts: int
-    intermediate_size: int
-    shared_intermediate_size: int
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a sparse model that a plan must agree with before it is applied."""
-
-    model_type: str
-    num_hidden_layers: int
-    hidden_size: int
-    sparse_layers: list[SparseLayerShape]
-
-    @classmethod
-    def from_dict(cls, values: Any) -> ModelShape:
-        fields = read_object(values, "model", cls.__dataclass_fields__)
-        if not isinstance(fields["model_type"], str):
-            raise ValueError(f"`model.model_type` should be a string, but is {fields['model_type']!r}.")
-        for name in ("num_hidden_layers", "hidden_size"):
-            read_whole(fields[name], f"model.{name}")
-        rows = []
-        for i, row in enumerate(read_list(fields["sparse_layers"], "model.sparse_layers")):
-            where = f"model.sparse_layers[{i}]"
-            row = read_object(row, where, SparseLayerShape.__dataclass_fields__)
-            rows.append(SparseLayerShape(**{k: read_whole(v, f"{where}.{k}") for k, v in row.items()}))
-        return cls(**{**fields, "sparse_layers": rows})
-
-
-@dataclass(frozen=True)
-class CondensedLayer:
-    """One condensed layer of a plan.
-
-    Args:
-        layer (`int`): Decoder layer index (0 is the first decoder layer, dense or not).
-        experts (`list[int]`): The kept routed experts in the order of their selection.
-        gates (`list[float]`): Their constant gates (Eq. 2), in the same order.
-        score (`float`, *optional*): Divergence of the model's output (in the config's `metric` and `compare`) with this
-            layer and all layers before it in the plan condensed, measured by the layer search. It means the same for
-            every `layer_selection`: "local" and "global" rank layers by another value and measure it along their order.
-            None if it was not measured: `layers` were given, and all keep the same number of experts.
-        expert_scores (`list[float]`, *optional*): Divergence of this decoder layer's output with the shared expert
-            alone, with the first kept expert, with the first two, ... (`len(experts) + 1` values). Measured for every
-            `expert_selection`, with "js" if `metric` is "ppl".
-        tokens (`list[int]`, *optional*): The number of calibration tokens that chose each kept expert, in the same
-            order. None in plans without a search, and in plans of version 0.1.
-    """
-
-    layer: int
-    experts: list[int]
-    gates: list[float]
-    score: float | None = None
-    expert_scores: list[float] | None = None
-    tokens: list[int] | None = None
-
-    @classmethod
-    def from_dict(cls, values: Any, where: str = "layer") -> CondensedLayer:
-        fields = read_object(values, where, cls.__dataclass_fields__)
-        read_whole(fields["layer"], f"{where}.layer")
-        experts = [read_whole(e, f"{where}.experts") for e in read_list(fields["experts"], f"{where}.experts")]
-        gates = [read_real(g, f"{where}.gates") for g in read_list(fields["gates"], f"{where}.gates")]
-        if len(set(experts)) < len(experts):
-            raise ValueError(f"`{where}.experts` names an expert more than once: {experts}.")
-        if len(gates) != len(experts):
-            raise ValueError(f"`{where}` has {len(experts)} experts but {len(gates)} gates.")
-        if fields["score"] is not None:
-            read_real(fields["score"], f"{where}.score")
-        scores = fields["expert_scores"]
-        if scores is not None:
-            scores = [read_real(s, f"{where}.expert_scores") for s in read_list(scores, f"{where}.expert_scores")]
-            if len(scores) != len(experts) + 1:
-                raise ValueError(
-                    f"`{where}.expert_scores` should have {len(experts) + 1} values, one more than there are experts, "
-                    f"but has {len(scores)}."
-                )
-        tokens = fields["tokens"]
-        if tokens is not None:
-            tokens = [read_whole(t, f"{where}.tokens") for t in read_list(tokens, f"{where}.tokens")]
-            if len(tokens) != len(experts):
-                raise ValueError(f"`{where}` has {len(experts)} experts but {len(tokens)} counts in `tokens`.")
-        return cls(fields["layer"], experts, gates, fields["score"], scores, tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert the layer to JSON-ready values, without `tokens` where there are none, as in version 0.1."""
-        values = asdict(self)
-        return values if self.tokens is not None else {k: v for k, v in values.items() if k != "tokens"}
+_BUDGET = ("num_layers", "num_experts", "expert_budget")
 
 
 @dataclass(frozen=True)
@@ -145,10 +39,20 @@ class CondensePlan:
             condensed, by decoder layer (Figure 1 of the paper). With an `expert_budget` it is measured at the same K
             for all layers, not at the K that a layer ends up with. None if the layer search does not measure it
             ("local", "similarity") or none was run.
-        form (`str`, defaults to `"condense"`): What becomes of the layers: "condense", "trim_layer" (their MLP
-            sub-layer is dropped) or "trim_block" (they are dropped whole). Trimmed layers keep no experts.
+        form (`str`, defaults to `"condense"`): What becomes of the layers: "condense", "prune_experts" (only
+            `routed` experts stay), "trim_layer" (their MLP sub-layer is dropped) or "trim_block" (they are dropped
+            whole).
         layer_similarities (`dict[int, float]`, *optional*): Cosine similarity of a layer's input and output, by decoder
             layer, if layers were chosen by it.
+        cut_from (`dict`, *optional*): The `num_layers`, `num_experts` and `expert_budget` of the search, or its
+            `target_size`, if `truncate` made the plan smaller. Plans are compared without it.
+        token_layers (`int`, *optional*): The work of the layer search: the number of decoder layers that it ran, times
+            tokens. Plans are compared without it.
+        spread (`Spread`, *optional*): The forms that every sparse layer could take, if the search was for a
+            `target_size`. Layers that are not in `layers` stay as they are.
+        restricted (`dict`, *optional*): The cost of `CondenseConfig.exportable`: the `divergence` of the model's output
+            with the plan's layers condensed, and the `free_divergence` of the `free_layers` that the search would have
+            chosen among all. None if the choice was free, or if `truncate` has dropped layers or experts.
     """
 
     layers: list[CondensedLayer]
@@ -158,6 +62,10 @@ class CondensePlan:
     layer_divergences: dict[int, float] | None = field(default=None)
     form: str = "condense"
     layer_similarities: dict[int, float] | None = None
+    cut_from: dict[str, Any] | None = field(default=None, compare=False)
+    token_layers: int | None = field(default=None, compare=False)
+    spread: Spread | None = None
+    restricted: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         indices = [layer.layer for layer in self.layers]
@@ -171,16 +79,24 @@ class CondensePlan:
         keeping = [layer.layer for layer in self.layers if layer.experts]
         if self.form != "condense" and keeping:
             raise ValueError(f"The plan's form is {self.form!r}, but its decoder layers {keeping} keep experts.")
+        pruned = {layer.layer: bool(layer.routed) for layer in self.layers}
+        wrong = [layer for layer, stay in pruned.items() if stay != (self.form == "prune_experts")]
+        if self.form != "condense" and wrong:
+            raise ValueError(
+                f"The plan's form is {self.form!r}, but its decoder layers {wrong} "
+                f"{'keep experts' if self.form.startswith('trim') else 'name no experts to keep in `routed`'}."
+            )
         if self.model is not None:
             self.check_fits(self.model)
 
     # --- files ---
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert the plan to JSON-ready values."""
+        """Convert the plan to JSON-ready values, without the optional fields that version 0.1 did not have."""
         by_layer = {name: _string_keys(getattr(self, name)) for name in ("layer_divergences", "layer_similarities")}
         layers = [layer.to_dict() for layer in self.layers]
-        return {"version": VERSION, **asdict(self), **by_layer, "layers": layers}
+        values = {"version": VERSION, **asdict(self), **by_layer, "layers": layers}
+        return {k: v for k, v in values.items() if v or k not in ("cut_from", "token_layers", "spread", "restricted")}
 
     @classmethod
     def from_dict(cls, values: Any) -> CondensePlan:
@@ -206,6 +122,10 @@ class CondensePlan:
             layer_divergences=read_by_layer(fields["layer_divergences"], "layer_divergences"),
             form=fields["form"],
             layer_similarities=read_by_layer(fields["layer_similarities"], "layer_similarities"),
+            cut_from=read_flat_mapping(fields["cut_from"], "cut_from"),
+            restricted=_read_restricted(fields["restricted"]),
+            token_layers=None if fields["token_layers"] is None else read_whole(fields["token_layers"], "token_layers"),
+            spread=None if fields["spread"] is None else Spread.from_dict(fields["spread"]),
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -214,7 +134,7 @@ class CondensePlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CondensePlan:
-        """Read a plan that `save` wrote; `path` may also be a condensed checkpoint's folder.
+        """Read a plan that `save` wrote; `path` may also be the folder of a condensed checkpoint or condense adapter.
 
         Raises:
             ValueError: if the file is not a valid plan.
@@ -222,13 +142,9 @@ class CondensePlan:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"`plan` should be a CondensePlan or a path, but is a {type(path).__name__}.")
-        path, config = Path(path), None
-        if path.is_dir():
-            path, config = path / PLAN_FILE, path / "config.json"
-            if not path.exists() and config.exists():  # a checkpoint that was saved without this package
-                path = config
+        path, read = plan_file(Path(path))
         try:
-            return cls.from_dict(_read_from_config(path) if path == config else read_json(path))
+            return cls.from_dict(read(path))
         except ValueError as error:
             raise ValueError(f"{path} is not a valid condense plan: {error}") from error
 
@@ -247,16 +163,26 @@ class CondensePlan:
 
     # --- use ---
 
-    def truncate(self, num_layers: int | None = None, num_experts: int | None = None) -> CondensePlan:
+    def truncate(
+        self,
+        num_layers: int | None = None,
+        num_experts: int | None = None,
+        target_size: float | str | None = None,
+    ) -> CondensePlan:
         """Cut the plan to a smaller budget: its first layers, with at most `num_experts` experts. Needs no model.
+
+        A plan of a search for a `target_size` is cut to another one: what becomes of each layer is decided anew, from
+        the errors in the plan's `spread`.
 
         The experts are those that a search for fewer experts would have chosen. The layers were put in order with
         more experts kept, so `score` and `layer_divergences` no longer apply where experts are dropped: they are
         dropped too.
 
         Raises:
-            ValueError: if the plan has fewer layers or experts than asked for.
+            ValueError: if the plan has fewer layers or experts than asked for, or can't be cut to a size.
         """
+        if target_size is not None or (self.spread is not None and (num_layers, num_experts) != (None, None)):
+            return self._cut_to_size(target_size, num_layers, num_experts)
         layers = self.layers
         if num_layers is not None:
             if not is_int(num_layers) or not 1 <= num_layers <= len(layers):
@@ -273,9 +199,11 @@ class CondensePlan:
             if any(cut):
                 divergences = None
                 # A score covers all layers so far.
-                layers = [_keep_experts(row, num_experts, not any(cut[: i + 1])) for i, row in enumerate(layers)]
-        config = self.config
+                layers = [row.with_experts(num_experts, not any(cut[: i + 1])) for i, row in enumerate(layers)]
+        config, cut_from = self.config, self.cut_from
         if config is not None:
+            if layers != self.layers:
+                cut_from = cut_from or {name: config.get(name) for name in _BUDGET}
             config = {**config, "num_layers": len(layers)}
             if num_experts is not None:
                 config |= {"num_experts": num_experts, "expert_budget": None}
@@ -283,7 +211,38 @@ class CondensePlan:
                 config["expert_budget"] = sum(len(layer.experts) for layer in layers)
             if config.get("layers") is not None:
                 config["layers"] = [layer.layer for layer in layers]
-        return replace(self, layers=layers, config=config, layer_divergences=divergences)
+        restricted = self.restricted if layers == self.layers else None
+        return replace(
+            self,
+            layers=layers,
+            config=config,
+            layer_divergences=divergences,
+            cut_from=cut_from,
+            restricted=restricted,
+        )
+
+    def _cut_to_size(
+        self, target_size: float | str | None, num_layers: int | None, num_experts: int | None
+    ) -> CondensePlan:
+        if (num_layers, num_experts) != (None, None):
+            raise ValueError(
+                "`num_layers` and `num_experts` have no meaning for a size, which decides what becomes of every layer: "
+                "cut the plan by `target_size` alone, or choose a plan that was not searched for a size."
+            )
+        if self.spread is None:
+            raise ValueError(
+                f"`target_size` is {target_size!r}, but the plan was not searched for a size, so that the errors of "
+                "other sizes are unknown: use `num_layers` and `num_experts`."
+            )
+        spread, config = self.spread, self.config or {}
+        parameters = read_target(target_size, spread.parameters, spread.itemsize)
+        chosen = spread.solve(parameters, **size_restrictions(config, self.model))
+        return replace(
+            self,
+            layers=layers_of(spread, chosen),
+            config={**config, "target_size": target_size},
+            cut_from=self.cut_from or {"target_size": config.get("target_size")},
+        )
 
     def as_trimming(self, form: str) -> CondensePlan:
         """Make a plan that drops the same layers instead of condensing them (the paper's baselines), in the same order.
@@ -296,7 +255,7 @@ class CondensePlan:
         Raises:
             ValueError: if `form` is neither of the two.
         """
-        if form not in FORMS[1:]:
+        if form not in FORMS or not form.startswith("trim"):
             raise ValueError(f"`form` should be 'trim_layer' or 'trim_block', but is {short(form)}.")
         if form == self.form:
             return self
@@ -311,6 +270,8 @@ class CondensePlan:
             layer_divergences=None,
             form=form,
             layer_similarities=similarities,
+            spread=None,
+            restricted=None,
         )
 
     def for_model(self, model: ModelShape) -> CondensePlan:
@@ -343,7 +304,9 @@ class CondensePlan:
                     f"The plan condenses decoder layer {layer.layer}, which is not a sparse layer of this model; its "
                     f"sparse layers are {sorted(sparse)}."
                 )
-            unknown = [e for e in layer.experts if not 0 <= e < sparse[layer.layer].num_experts]
+            unknown = [
+                e for e in (*layer.experts, *(layer.routed or ())) if not 0 <= e < sparse[layer.layer].num_experts
+            ]
             if unknown:
                 raise ValueError(
                     f"The plan keeps experts {unknown} of decoder layer {layer.layer}, which has "
@@ -351,26 +314,13 @@ class CondensePlan:
                 )
 
 
-def _read_from_config(path: Path) -> Any:
-    """Read the plan from a condensed checkpoint's config.json, where the code beside its weights writes it."""
-    condense_config = read_mapping(read_json(path), "config").get("condense_config")
-    plan = None if condense_config is None else read_mapping(condense_config, "condense_config").get("plan")
-    if plan is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.with_name(PLAN_FILE)))
-    return plan
-
-
-def _keep_experts(layer: CondensedLayer, num_experts: int, keep_score: bool) -> CondensedLayer:
-    scores, tokens = layer.expert_scores, layer.tokens
-    return CondensedLayer(
-        layer=layer.layer,
-        experts=layer.experts[:num_experts],
-        gates=layer.gates[:num_experts],
-        score=layer.score if keep_score else None,
-        expert_scores=None if scores is None else scores[: num_experts + 1],
-        tokens=None if tokens is None else tokens[:num_experts],
-    )
-
-
 def _string_keys(values: dict[int, float] | None) -> dict[str, float] | None:
     return None if values is None else {str(key): value for key, value in values.items()}
+
+
+def _read_restricted(values: Any) -> dict[str, Any] | None:
+    read = read_flat_mapping(values, "restricted")
+    names = {"divergence", "free_divergence", "free_layers"}
+    if read is not None and read.keys() != names:
+        raise ValueError(f"`restricted` should have {', '.join(sorted(names))}, but has {sorted(read)}.")
+    return read

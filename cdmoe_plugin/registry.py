@@ -132,6 +132,7 @@ class ExportTarget(NamedTuple):
 
 
 EXPERT_SELECTIONS = Registry[Callable[..., Any]]("expert_selection", "cdmoe_plugin.search.experts", "greedy")
+ROUTED_SELECTIONS = Registry[Callable[..., Any]]("routed_selection", "cdmoe_plugin.search.routed", "frequency")
 LAYER_SELECTIONS = Registry[Callable[..., Any]]("layer_selection", "cdmoe_plugin.search.layers", "greedy")
 # From the logits and token ids of the whole model, one value per sequence.
 MODEL_METRICS = Registry[Callable[..., Any]]("metric", "cdmoe_plugin.metrics")
@@ -140,10 +141,23 @@ METRICS = Registry[Callable[..., Any]]("metric", "cdmoe_plugin.metrics", "js", M
 COMPARE = Registry[Callable[..., Any]]("compare", "cdmoe_plugin.search.layers", "hidden")
 GATES = Registry[Callable[..., Any]]("gates", "cdmoe_plugin.search.gates", "mean")
 REFITS = Registry[Callable[..., Any]]("refit", "cdmoe_plugin.condense.refit", "down_proj")
+# Of the whole of a layer with experts behind its router, after its dense part is fitted by the first of `REFITS`.
+MIXED_REFITS = Registry[Callable[..., Any]]("refit", "cdmoe_plugin.condense.refit")
+REFIT_NEURONS = Registry[Callable[..., Any]]("refit_neurons", "cdmoe_plugin.condense.refit", "experts")
 EXPORT_TARGETS = Registry[ExportTarget]("export", "cdmoe_plugin.export", "stock")
 
 # By config field.
 REGISTRIES: dict[str, Registry[Any]] = {
     registry.field: registry
-    for registry in (EXPERT_SELECTIONS, LAYER_SELECTIONS, METRICS, COMPARE, GATES, REFITS, EXPORT_TARGETS)
+    for registry in (
+        EXPERT_SELECTIONS,
+        LAYER_SELECTIONS,
+        ROUTED_SELECTIONS,
+        METRICS,
+        COMPARE,
+        GATES,
+        REFITS,
+        REFIT_NEURONS,
+        EXPORT_TARGETS,
+    )
 }

@@ -15,19 +15,26 @@ uses nothing else.
 from .block import DensePiece, SparseBlock
 from .dispatch import Routing, hidden_of, patched_forward
 from .find import describe_sparse_blocks, find_sparse_blocks, layers_path, model_shape, probe_blocks
+from .mixed import RoutedPart
 from .record import BlockRecord
+from .text_decoder import body_of, decoder_layers, decoder_of, head_of
 from .weights import GatedWeights, UnsupportedModelError, has_stacked_weights, shrink_experts
 
 __all__ = [
     "BlockRecord",
     "DensePiece",
     "GatedWeights",
+    "RoutedPart",
     "Routing",
     "SparseBlock",
     "UnsupportedModelError",
+    "body_of",
+    "decoder_layers",
+    "decoder_of",
     "describe_sparse_blocks",
     "find_sparse_blocks",
     "has_stacked_weights",
+    "head_of",
     "hidden_of",
     "layers_path",
     "model_shape",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..model.layers_cdmoe import GATED_ACTIVATIONS, CondensedMLP
-from ..plan import SparseLayerShape
+from ..shapes import SparseLayerShape
 from .dispatch import Dispatch, RoutedCall, hidden_of, patched_forward
 from .quirk import Quirk
 from .record import BlockRecord
@@ -51,6 +51,8 @@ class SparseBlock:
         quirks (`tuple[Quirk, ...]`): The block's departures from the common form.
         routed_scale (`float`): Constant c, measured by a probe.
         shared_scale (`float`): Constant d, measured by a probe.
+        loaded (`list[int]`, *optional*): Numbers of the experts in memory, if only those that a plan needs were read.
+        router_experts (`int`): Number of experts that the router chooses from; those in memory by default.
     """
 
     layer: int
@@ -65,11 +67,14 @@ class SparseBlock:
     quirks: tuple[Quirk, ...] = ()
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    loaded: list[int] | None = None
+    router_experts: int = 0
 
     def __post_init__(self) -> None:
         own = (quirk.dispatch(self.module, self.experts) for quirk in self.quirks)
         self.dispatch = next(filter(None, own), None) or Dispatch(self.module, self.experts)
         self.num_experts, self.intermediate_size, features = self.expert_weights().gate.shape
+        self.router_experts = self.router_experts or self.num_experts
         self.hidden_size = self._through("hidden_size", features)
         shared = self.shared_weights()
         self.shared_intermediate_size = 0 if shared is None else shared.gate.shape[0]
@@ -123,12 +128,16 @@ class SparseBlock:
         biases = [bias for quirk in self.quirks if (bias := quirk.bias()) is not None]
         return sum(biases[1:], biases[0]) if biases else None
 
-    def pieces(self, experts: Sequence[int], gates: Sequence[float]) -> list[DensePiece]:
+    def pieces(
+        self, experts: Sequence[int], gates: Sequence[float], neurons: Sequence[Tensor] | None = None
+    ) -> list[DensePiece]:
         """List the parts of a condensed MLP: the shared expert, if there is one, and the given routed experts.
 
         Args:
             experts (`Sequence[int]`): The K kept routed experts.
             gates (`Sequence[float]`): Their constant gates.
+            neurons (`Sequence[Tensor]`, *optional*): Indices of the neurons to keep of each, int64 on the block's
+                device; all by default. An expert's output bias counts in proportion to them.
 
         Raises:
             UnsupportedModelError: if a gate per token scales a shared expert with biases, which no MLP can do.
@@ -140,8 +149,10 @@ class SparseBlock:
                 raise UnsupportedModelError("A shared expert with both biases and a gate per token can't be condensed.")
             pieces.append(DensePiece(shared, self.shared_scale))
         stacked = self.expert_weights()
-        for index, factor in zip(experts, gates, strict=True):
+        for place, (index, factor) in enumerate(zip(experts, gates, strict=True)):
             weights = stacked.of(index)
+            if neurons is not None:
+                weights = weights.of_neurons(neurons[place])
             for quirk in self.quirks:
                 weights, factor = quirk.fold(weights, factor)
             pieces.append(DensePiece(weights, factor))
@@ -172,6 +183,21 @@ class SparseBlock:
             for summand in quirk.summands():
                 total = total + summand(x).float()
         return total
+
+    @torch.no_grad()
+    def expert_activations(self, expert: int, x: Tensor, gates: Tensor) -> Tensor:
+        """Compute the gated activations of one routed expert's neurons, `[T, I]` in the dtype of `x`.
+
+        Args:
+            expert (`int`): The expert.
+            x (`Tensor`): Hidden states of the tokens that chose it, `[T, H]`.
+            gates (`Tensor`): Their router weights for it, `[T]`.
+        """
+        scales, factors = self.split_gates(gates)
+        x = self.enter(x)
+        if scales is not None:
+            x = x * scales.to(x)[:, None]
+        return self.expert_weights().of(expert).inner(x, self.glu()) * factors.to(x)[:, None]
 
     @torch.no_grad()
     def expert_outputs(self, x: Tensor, experts: Sequence[int] | None = None, gates: Tensor | None = None) -> Tensor:
@@ -282,24 +308,30 @@ class SparseBlock:
             spec |= quirk.spec
         return spec
 
-    def condensed_spec(self, width: int, bias: bool) -> dict[str, Any]:
-        """Describe the block's condensed MLP for config.json, as `CondensedMLP.from_spec` reads it.
+    def condensed_spec(self, width: int, bias: bool, gated_neurons: Sequence[int] = ()) -> dict[str, Any]:
+        """Describe the block's condensed MLP for config.json, as `CondensedMLP` reads it.
 
         Args:
             width (`int`): Number of neurons.
             bias (`bool`): Whether all projections have biases.
+            gated_neurons (`Sequence[int]`): Numbers of neurons of the routed experts, if these have gates per token.
         """
-        special = {
-            "gated_activation": self.activation,
-            "shared_gated_activation": self._other_activation(),
-            "output_bias": self.output_bias() is not None and not bias,
-        }
+        spec = {**self.place_spec, **self.beside_spec(width, bias), "shared_expert_gate": self.shared_gate is not None}
+        spec |= {"gated_neurons": list(gated_neurons)} if gated_neurons else {}
+        return spec | ({"output_bias": True} if self.output_bias() is not None and not bias else {})
+
+    def beside_spec(self, width: int, bias: bool) -> dict[str, Any]:
+        """Describe the dense part of the block with experts behind its router, which keeps its gates and biases.
+
+        Args:
+            width (`int`), bias (`bool`): As for `condensed_spec`.
+        """
+        special = {"gated_activation": self.activation, "shared_gated_activation": self._other_activation()}
         return {
-            **self.place_spec,
             **{name: value for name, value in special.items() if value},
             "intermediate_size": width,
             "shared_intermediate_size": self.shared_intermediate_size,
-            "shared_expert_gate": self.shared_gate is not None,
+            "shared_expert_gate": False,
             "bias": bias,
             "hidden_act": self.hidden_act,
         }

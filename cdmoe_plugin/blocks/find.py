@@ -10,14 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..offload import in_memory, is_offloaded
-from ..plan import ModelShape
+from ..shapes import ModelShape
 from .activations import experts_activation, shared_activation
 from .block import SparseBlock
 from .probes import probe_block
 from .quirk import Quirk
 from .quirks import known_quirks
-from .reasons import why_no_block, why_none, why_weighted
+from .reasons import why_no_block, why_none, why_shared, why_weighted
 from .site import Site
+from .text_decoder import decoder_layers
 from .weights import (
     UnsupportedModelError,
     activation_name,
@@ -41,14 +42,12 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
     return blocks
 
 
-def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_experts: int | None = None) -> None:
+def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock]) -> None:
     """Check that blocks compute the formula of `SparseBlock`, one of each kind, and measure their constant factors.
 
     Args:
         model (`PreTrainedModel`): The model.
         blocks (`list[SparseBlock]`): Its blocks.
-        router_experts (`int`, *optional*): Number of experts that the routers choose from, if the weights of fewer
-            experts are loaded.
 
     Raises:
         UnsupportedModelError: with the layer, the class and the reason.
@@ -61,17 +60,22 @@ def probe_blocks(model: PreTrainedModel, blocks: list[SparseBlock], router_exper
         if kind not in probed:
             # The whole decoder layer, as it may own the shared expert.
             with _refusing(model, block.layer, block.module), in_memory(block.decoder_layer(model)):
-                probe_block(block, router_experts or block.num_experts)
+                probe_block(block)
         twin = probed.setdefault(kind, block)
         block.routed_scale, block.shared_scale = twin.routed_scale, twin.shared_scale
         block.quirks = (*block.quirks, *(q for q in twin.quirks if type(q) not in map(type, block.quirks)))
 
 
 def describe_sparse_blocks(model: PreTrainedModel) -> list[SparseBlock]:
-    """Find the sparse blocks by their structure alone, by depth; see `find_sparse_blocks`."""
-    found = [(name, module) for name, module in model.base_model.named_modules() if has_stacked_weights(module)]
+    """Find the sparse blocks of the text decoder by their structure alone, by depth; see `find_sparse_blocks`."""
+    layers = decoder_layers(model)
+    inside = model.base_model.get_submodule(layers).named_modules(prefix=layers)
+    found = [(name, module) for name, module in inside if has_stacked_weights(module)]
     if not found:
         raise UnsupportedModelError(why_none(model))
+    reason = why_shared(model, [module for _, module in found])
+    if reason is not None:
+        raise UnsupportedModelError(reason)
     return sorted((_describe_block(model, *each) for each in found), key=lambda block: block.layer)
 
 
@@ -81,10 +85,10 @@ def layers_path(blocks: Sequence[SparseBlock]) -> str:
 
 
 def model_shape(model: PreTrainedModel, blocks: list[SparseBlock]) -> ModelShape:
-    """Return the sizes of a model, for plans."""
+    """Return the sizes of a model's text decoder, for plans: a plan for it fits it inside a multimodal model, too."""
     config = model.config.get_text_config()
     return ModelShape(
-        model_type=model.config.model_type,
+        model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         sparse_layers=[block.shape for block in blocks],
@@ -144,7 +148,7 @@ def _refusing(model: PreTrainedModel, layer: int, module: nn.Module) -> Iterator
     try:
         yield
     except UnsupportedModelError as error:
-        where = f"decoder layer {layer}" if layer >= 0 else "one of its modules"
         raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} can't be condensed: in {where} ({type(module).__name__}), {error}."
+            f"model type {model.config.model_type!r} can't be condensed: in decoder layer {layer} "
+            f"({type(module).__name__}), {error}."
         ) from error

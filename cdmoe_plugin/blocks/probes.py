@@ -18,7 +18,7 @@ from .reasons import arguments_of
 from .weights import UnsupportedModelError
 
 
-def probe_block(block: SparseBlock, router_experts: int) -> None:
+def probe_block(block: SparseBlock) -> None:
     """Check on a few random tokens that a block computes the formula of `SparseBlock`, and measure its two scales."""
     generator = torch.Generator().manual_seed(0)
 
@@ -27,7 +27,7 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
 
     x = random(1, 4, block.hidden_size, dtype=block.dtype)
     with torch.no_grad():
-        _probe_routing(block, x, router_experts)
+        _probe_routing(block, x)
         _probe_sum(block, x, random)
         _probe_experts(block, x[0], random)
         shared = block.shared_weights()
@@ -36,7 +36,7 @@ def probe_block(block: SparseBlock, router_experts: int) -> None:
             _compare(block.shared(x)[0], shared(x[0], block.glu(shared=True)), reason)
 
 
-def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
+def _probe_routing(block: SparseBlock, x: Tensor) -> None:
     calls: list[RoutedCall | None] = []
     handle = block.dispatch.watch(calls.append)
     try:
@@ -55,7 +55,7 @@ def _probe_routing(block: SparseBlock, x: Tensor, router_experts: int) -> None:
         state = [f"`{name}`" for name in arguments_of(block.module)[1:]]
         passed = f", and takes {', '.join(state)} from the layer before" if state else ""
         raise UnsupportedModelError(f"its block returns more than hidden states{passed}")
-    if int(calls[0].routing.experts.max()) >= router_experts:
+    if int(calls[0].routing.experts.max()) >= block.router_experts:
         raise UnsupportedModelError("its router can choose experts that have no weights (identity or empty experts)")
     _compare(calls[0].inputs, block.enter(x), "its experts do not have the inputs of the block")
 

@@ -65,6 +65,16 @@ class Quirk:
             UnsupportedModelError: if it does not.
         """
 
+    # --- fewer experts behind the router ---
+
+    def why_not_mixed(self, shared: bool) -> str | None:
+        """Return why some experts can't stay behind the router, with or without a shared expert; None if they can."""
+        return None
+
+    def beyond_experts(self) -> tuple[nn.Module, ...]:
+        """Return modules in the block whose weights belong to no single expert, whatever their sizes."""
+        return ()
+
     # --- computing ---
 
     def hidden_size(self, features: int) -> int:

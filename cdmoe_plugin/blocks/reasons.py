@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
@@ -40,6 +41,19 @@ def why_weighted(experts: nn.Module) -> str | None:
     if len(arguments) != 2:
         return None
     return f"its shared experts are weighted per token by the router (`{arguments[1]}`)"
+
+
+def why_shared(model: PreTrainedModel, experts: Sequence[nn.Module]) -> str | None:
+    """Explain in a whole sentence that a second decoder has the same experts; return None if there is none."""
+    ours = {id(module) for each in experts for module in each.modules()}
+    weights = {id(weight) for each in experts for weight in each.parameters()}
+    for name, module in model.named_modules():
+        if id(module) not in ours and any(id(weight) in weights for weight in module.parameters(recurse=False)):
+            return (
+                f"model type {model.config.model_type!r} can't be condensed: its experts belong to a second decoder, "
+                f"too ({name}), which would not be condensed."
+            )
+    return None
 
 
 def why_none(model: PreTrainedModel) -> str:

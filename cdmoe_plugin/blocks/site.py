@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .text_decoder import decoder_layers
 from .weights import read_gated_mlp
 
 
@@ -44,9 +45,8 @@ class Site:
 
     @cached_property
     def layer(self) -> int:
-        """The index of the decoder layer; -1 if the experts are outside of any."""
-        in_layer = re.search(r"\.(\d+)\.", self.experts_name)
-        return int(in_layer[1]) if in_layer else -1
+        """The index of the decoder layer."""
+        return int(self.experts_name.removeprefix(f"{decoder_layers(self.model)}.").partition(".")[0])
 
     @property
     def owner_name(self) -> str | None:

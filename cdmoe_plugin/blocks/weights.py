@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +34,27 @@ class GatedWeights(NamedTuple):
 
     def __call__(self, x: Tensor, glu: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Compute the output `[(N,) T, H]` for `x` `[T, H]`; `glu` may overwrite gate and up, `[(N,) T, I]`."""
+        return _affine(self.inner(x, glu), self.down, self.down_bias)
+
+    def inner(self, x: Tensor, glu: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Compute the activations of the neurons, `[(N,) T, I]`."""
         up = _affine(x, self.up, self.up_bias)
         gate = up if self.ungated else _affine(x, self.gate, self.gate_bias)
-        return _affine(glu(gate, up), self.down, self.down_bias)
+        return glu(gate, up)
 
     def of(self, experts: Any) -> GatedWeights:
         """Select one or some of N stacked MLPs by index."""
         biases = (None if bias is None else bias[experts] for bias in self[3:])
         up = self.up[experts]
         return GatedWeights(up if self.ungated else self.gate[experts], up, self.down[experts], *biases)
+
+    def of_neurons(self, neurons: Tensor) -> GatedWeights:
+        """Select some neurons of one MLP by index, `[n]`. Its output bias is scaled by their share, `n / I`."""
+        up, share = self.up[neurons], len(neurons) / len(self.up)
+        gate_bias, up_bias = (None if bias is None else bias[neurons] for bias in (self.gate_bias, self.up_bias))
+        down_bias = None if self.down_bias is None else self.down_bias * share
+        gate = up if self.ungated else self.gate[neurons]
+        return GatedWeights(gate, up, self.down[:, neurons], gate_bias, up_bias, down_bias)
 
     def between(self, first: nn.Linear, last: nn.Linear) -> GatedWeights:
         """Fold the linear layers before and after one MLP into it, except the bias of `last`, in float32 or wider."""
@@ -209,13 +221,21 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.unsqueeze(-2)
 
 
-def shrink_experts(experts: Any, count: int, kept: int) -> None:
-    """Resize a module of stacked expert weights from `count` to `kept` experts, on the meta device."""
+def expert_parameters(experts: Any, count: int) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """List the stacked weights of `count` experts: their module, their name in it, and the weight."""
     parts = (experts.input_linear, experts.output_linear) if are_parallel(experts) else experts.modules()
     for module in parts:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim >= 2 and parameter.shape[0] % count == 0:
-                shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
-                setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta")))
+                yield module, name, parameter
+
+
+def shrink_experts(experts: Any, count: int, kept: int) -> None:
+    """Resize a module of stacked expert weights from `count` to `kept` experts, on the meta device."""
+    for module, name, parameter in expert_parameters(experts, count):
+        shape = (parameter.shape[0] // count * kept, *parameter.shape[1:])
+        setattr(module, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta")))
+    parts = (experts.input_linear, experts.output_linear) if are_parallel(experts) else experts.modules()
+    for module in parts:
         if getattr(module, "num_experts", None) == count:
             setattr(module, "num_experts", kept)  # noqa: B010  (nn.Module declares its attributes to be tensors)

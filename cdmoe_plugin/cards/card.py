@@ -7,22 +7,24 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template  # which torch installs
 
 from ..config import CondenseConfig
 from ..data import C4_NAME
 from ..plan import CondensePlan
-from .base_model import describe_base
-from .tables import FORM_TEXTS, format_table, plan_table, recovery_table, refit_table, sizes_table
+from .base_model import recall_base
+from .tables import FORM_TEXTS, MIXED_TEXT, cut_from, format_table, plan_table, recovery_table, refit_table, sizes_table
 
 MODEL_CARD_MARK = "<!-- written by cdmoe_plugin -->"
 # A sentence of the card that transformers makes for models without one.
 _GENERIC_CARD = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 _TEMPLATE = Path(__file__).with_name("template.md")
-_REFIT = ("refit", "refit_target", "refit_steps")
+_REFIT = ("refit", "refit_neurons", "refit_target", "refit_steps")
 _READ = ("num_samples", "max_length", "batch_size", "seed")
 _RESULTS = re.compile(r"(^## Results\n.*?)?(?=^## Use\n)", re.DOTALL | re.MULTILINE)
 
@@ -74,22 +76,29 @@ def write_stock_card(
     if plan is None:
         return
     base_class = getattr(type(model), "_base_class", type(model))
+    target = "dense" if model_type != base_class.config_class.model_type else "stock"
+    if target == "stock" and fields and dense_width is None:
+        target = "top_k"
+    if target != "dense" and any(layer.routed for layer in plan.layers):
+        target = "fewer_experts"
     exported = {
+        "target": target,
         "model_type": model_type,
         "parameters": parameters,
         "fields": ", ".join(f"`{name}` = `{json.dumps(value)}`" for name, value in fields.items()),
         "dense_width": f"{dense_width:,}" if dense_width is not None else "",
         "gates": ", ".join(f"{gate:.4f} (layer {layer})" for layer, gate in sorted(shared_gates.items())),
         "divergence": "" if divergence is None else f"{divergence:.3e}",
-        "needs_package": not base_class.__module__.startswith("transformers."),
+        "needs_package": target != "dense" and not base_class.__module__.startswith("transformers."),
     }
     _card(model, plan, exported).save(folder / "README.md")
 
 
 def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = None) -> ModelCard:
     # A model without some decoder layers has no such config, but has the name of its checkpoint.
-    config = getattr(model.config, "condense_config", None) or describe_base(model.name_or_path or "")
-    base = config.get("base_model") or getattr(type(model), "_base_class", type(model)).__name__
+    config = getattr(model.config, "condense_config", None) or recall_base(model)
+    named = config.get("base_model")
+    base = named or getattr(type(model), "_base_class", type(model)).__name__
     form = FORM_TEXTS[plan.form]
     counts = config.get("parameters")
     sizes = {"base model": counts["before"], form.done: counts["after"]} if counts else {}
@@ -104,37 +113,88 @@ def _card(model: Any, plan: CondensePlan, exported: Mapping[str, Any] | None = N
         library_name="transformers",
         tags=sorted({"cdmoe", "mixture-of-experts", *(model.model_tags or [])}),
         base_model=base if "/" in base else None,  # a folder is not a name on the hub
-        pipeline_tag="text-generation" if model.can_generate() else None,
+        pipeline_tag=_pipeline(model),
         datasets=[C4_NAME] if calibration.get("source", "").startswith(C4_NAME) else None,
         **config.get("base_card", {}),
     )
-    # Needs Jinja, which torch installs.
-    return ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATE),
+    # As `ModelCard.from_template`, which would compile the template for every card.
+    text = _template().render(
+        card_data=data.to_yaml(),
         mark=MODEL_CARD_MARK,
         base=base,
         form=form,
-        change=form.change.format(layers=len(plan.layers)),
+        change=_change(plan, config),
         exported=exported or {},
         sizes=sizes_table(sizes, model.dtype) if sizes else "",
         plan=plan_table(plan),
         calibration=calibration,
         refit=config.get("refit"),
+        refit_tokens=config.get("refit_tokens"),
         refit_target=config.get("refit_target"),
+        refit_neurons=config.get("neurons") and config["refit_neurons"],
         refit_errors=refit_table(config.get("refit_errors") or {}),
         recovery=recovery_table(config["recovery"]) if config.get("recovery") else "",
         quantization=quantization and quantization.value,
-        **_commands(plan, config, base, exported),
+        in_memory=not named,
+        sees=_sees(model),
+        text_only=config.get("text_only"),
+        **_commands(plan, config, named or "base-model", exported),
     )
+    return ModelCard(text)
+
+
+@cache
+def _template() -> Template:
+    """Compile the template, which takes longer than saving a tiny model."""
+    return Template(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _change(plan: CondensePlan, config: Mapping[str, Any]) -> str:
+    """Say what became of a plan's layers."""
+    change = FORM_TEXTS[plan.form].change
+    mixed = sum(layer.routed is not None for layer in plan.layers) if plan.form == "condense" else 0
+    texts = []
+    if mixed < len(plan.layers):
+        rest = "some routed neurons" if config.get("neurons") else "a few routed experts"
+        texts.append(change.format(layers=len(plan.layers) - mixed, rest=rest, kept=_kept(plan, config)))
+    if mixed:
+        texts.append(MIXED_TEXT.format(layers=mixed))
+    return texts[0] + "".join(f"\n{text[0].upper()}{text[1:]}" for text in texts[1:])
+
+
+def _kept(plan: CondensePlan, config: Mapping[str, Any]) -> str:
+    """Say which experts form the MLPs of a plan's layers, as the subject and verb of a sentence."""
+    specs = config.get("condensed_layers", {}).values()
+    shared = [spec["shared_intermediate_size"] > 0 for spec in specs if "shared_intermediate_size" in spec]
+    kept = [bool(layer.experts or layer.width) for layer in plan.layers if layer.routed is None]
+    what, gates = (
+        ("neurons", "their experts' constant gates") if config.get("neurons") else ("experts", "constant gates")
+    )
+    gates = "a gate per token for each expert" if config.get("gates") == "sigmoid" else gates
+    parts = [f"the kept {what}, with {gates},"] if any(kept) else []
+    parts += ["the shared expert"] if any(shared) else []
+    return f"{' and '.join(parts).capitalize()} {'form' if any(kept) else 'forms'}" if parts else "Nothing is left in"
+
+
+def _sees(model: Any) -> bool:
+    """Return whether a model takes images."""
+    return hasattr(model.config, "vision_config") and model.config.get_text_config() is not model.config
+
+
+def _pipeline(model: Any) -> str | None:
+    if not model.can_generate():
+        return None
+    return "image-text-to-text" if _sees(model) else "text-generation"
 
 
 def _commands(
     plan: CondensePlan, config: Mapping[str, Any], base: str, exported: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return the command that applies a plan (`apply`) and, if known, the one that searches it (`search`)."""
-    more = {"export_stock": "exported"} if exported else {}
-    if exported and exported["gates"]:
+    target = exported["target"] if exported else ""
+    more = {"text_only": "true"} if config.get("text_only") else {}
+    more |= {"export_stock": "exported"} if target in ("stock", "fewer_experts") else {}
+    if exported and target == "stock" and exported["gates"]:
         more["export_approximate"] = "true"
     source = (plan.calibration or {}).get("source", "")
     unnamed = source in ("", "texts", "token ids") or source.startswith("a ")
@@ -143,19 +203,22 @@ def _commands(
         calibration = {}
     apply: dict[str, Any] = {"plan": "condense_plan.json"}
     if config.get("refit"):
-        apply |= {name: config[name] for name in _REFIT} | calibration
+        apply |= {name: config[name] for name in _REFIT if name in config} | calibration  # version 0.1 had fewer
+        apply |= {"gates": "sigmoid"} if config.get("gates") == "sigmoid" else {}
         apply |= {name: config[name] for name in _READ if config.get(name) is not None}
-    found = {"apply": _command(base, apply | more), "unnamed": unnamed}
+    found = {"apply": _command(base, apply | more), "unnamed": unnamed, "cut_from": cut_from(plan)}
     if plan.config is None or plan.calibration is None:
         return found
-    defaults = CondenseConfig().to_dict()
+    defaults, searched = CondenseConfig().to_dict(), plan.config | (plan.cut_from or {})
     # Left out: defaults other than the budget, and options that do not change the result of the search.
-    left_out = {*_REFIT, "cache_memory", *(["num_layers"] if plan.config.get("layers") else [])}
+    left_out = {"cache_memory", *(["num_layers"] if searched.get("layers") else [])}
+    if searched.get("target_size") is None:  # a size needs them for its search
+        left_out |= {*_REFIT}
     always = ("num_layers", "num_experts")
     search = {
-        name: plan.config[name]
+        name: searched[name]
         for name in defaults
-        if name in plan.config and name not in left_out and (name in always or plan.config[name] != defaults[name])
+        if name in searched and name not in left_out and (name in always or searched[name] != defaults[name])
     }
     return {**found, "search": _command(base, search | calibration | more)}
 

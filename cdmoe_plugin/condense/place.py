@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from ..blocks import SparseBlock
 from ..model.layers_cdmoe import Trimmed
+from .mixed import MixedLayer
 
 
 def install(model: PreTrainedModel, block: SparseBlock, replacement: nn.Module) -> None:
-    """Replace a sparse block by a condensed MLP or `Trimmed`."""
+    """Replace a sparse block by a condensed MLP, a `MixedLayer` or `Trimmed`."""
     for name, module in _places(block, replacement).items():
         setattr(block.decoder_layer(model), name, module)
 
@@ -25,7 +26,7 @@ def standing_in(model: PreTrainedModel, block: SparseBlock, replacement: nn.Modu
     Args:
         model (`PreTrainedModel`): The model, sparse or condensed.
         block (`SparseBlock`): The block. In a condensed model, another module may be in its place.
-        replacement (`nn.Module`, *optional*): A condensed MLP or `Trimmed`; None for the block itself.
+        replacement (`nn.Module`, *optional*): A condensed MLP, a `MixedLayer` or `Trimmed`; None for the block itself.
     """
     layer = block.decoder_layer(model)
     places = _places(block, replacement)
@@ -40,6 +41,8 @@ def standing_in(model: PreTrainedModel, block: SparseBlock, replacement: nn.Modu
 
 
 def _places(block: SparseBlock, replacement: nn.Module | None) -> dict[str, nn.Module]:
+    if isinstance(replacement, MixedLayer):
+        return dict(replacement.named_children())
     if isinstance(replacement, Trimmed):
         replacement.returns_tuple = block.place_spec.get("returns_tuple", False)
     return block.places(replacement)

@@ -83,17 +83,18 @@ class DecoderLayout:
     cast: bool
 
 
-def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[DecoderLayout, Tensor]:
+def learn_layout(base: Any, layers: Any, forward: Callable[[], Tensor]) -> tuple[DecoderLayout, Tensor]:
     """Find the layout of a decoder from a forward pass, and return it with the last hidden state of that pass.
 
     Args:
         base (`PreTrainedModel`): The decoder.
         layers (`nn.ModuleList`): Its layers.
-        forward (`Callable`): Runs the decoder on a few tokens.
+        forward (`Callable`): Runs the model around the decoder on a few tokens; returns the last hidden state.
     """
     outputs: list[Any] = []
     calls: list[Call] = []
     events: list[tuple[nn.Module, tuple[Any, ...], Any]] = []
+    classes: list[type] = []
 
     def note_layer(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(split_hidden(args, kwargs))
@@ -108,7 +109,8 @@ def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[De
             stack.callback(layer.register_forward_hook(note_layer, with_kwargs=True).remove)
         for child in base.children():
             stack.callback(child.register_forward_hook(note).remove)
-        output = forward()
+        stack.callback(base.register_forward_hook(lambda _module, _args, output: classes.append(type(output))).remove)
+        last = forward()
     num_results = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
     head, gathered = [], _gathered(calls)
     hidden, inputs = _first(outputs[-1]), [hidden for hidden, _, _ in calls]
@@ -123,9 +125,8 @@ def learn_layout(base: Any, layers: Any, forward: Callable[[], Any]) -> tuple[De
             continue
         hidden = _first(result)
     carried = _handed_on(outputs, calls) if num_results else {}
-    last = output.last_hidden_state
     streams, cast = inputs[0].ndim == 4, hidden.dtype != last.dtype
-    return DecoderLayout(type(output), num_results, carried, gathered, streams, head, cast), last
+    return DecoderLayout(classes[0], num_results, carried, gathered, streams, head, cast), last
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

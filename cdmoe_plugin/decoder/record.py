@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..blocks import Routing, SparseBlock, UnsupportedModelError, patched_forward
-from .stream import LayerOutput, LayerStream
+from .stream import LayerStream
 from .tails import AffineTail, Finish, PlaybackTail, StreamsTail, Tail, added_to_streams, as_it_is, side_by_side
+from .whole import LayerOutput
 
 
 @dataclass

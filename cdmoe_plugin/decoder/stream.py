@@ -5,41 +5,32 @@ Nothing here depends on the architecture: layers get the arguments that the mode
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import UnsupportedModelError, patched_forward
+from ..blocks import UnsupportedModelError, decoder_of, head_of, patched_forward
 from ..calibration import TokenBatch
 from ..checks import is_out_of_memory
-from ..offload import in_memory, in_memory_copy, is_offloaded
-from .layout import HeadStep, learn_layout, split_hidden
+from ..offload import in_memory, in_memory_copy, is_offloaded, is_on_disk
+from .arguments import BatchArguments
+from .layout import HeadStep, learn_layout
+from .whole import LayerArguments, LayerOutput, layer_arguments, model_inputs, run_batch
 
 logger = logging.get_logger(__name__)
 
 # Tokens in one batch of several inputs of a layer: enough that reading its weights takes a negligible time.
 _TOGETHER_TOKENS = {"cpu": 2**11, "cuda": 2**15}
-
-# The input of the next decoder layer: hidden states `[B, S, H]` (or several residual streams, `[B, S, n, H]`), and in a
-# few architectures more: the token choice of a sparse attention that several layers share, or (last) the gathered
-# inputs of earlier layers.
-LayerOutput = tuple[Any, ...]
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder of a model: its base model, or the one model inside a model that is its own base (llama4)."""
-    base: Any = model.base_model
-    if base is not model:
-        return base
-    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 class LayerStream:
@@ -49,15 +40,19 @@ class LayerStream:
         model (`PreTrainedModel`): A causal language model or its decoder, in eval mode (see `searching`).
         layers_path (`str`): Name of the list of decoder layers in the base model, such as "layers".
         batches (`list[TokenBatch]`): Right-padded token ids.
+        memory (`int`, *optional*): Bytes for the arguments of layers (attention masks, rotary embeddings), which are
+            computed again for batches beyond it.
 
     Raises:
         UnsupportedModelError: if running it layer by layer gives another output than the decoder's own forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers_path: str, batches: Sequence[TokenBatch], memory: int | None = None
+    ) -> None:
         self.model = model
-        self.base: Any = decoder_of(model)
-        self.layers: Any = model.base_model.get_submodule(layers_path)
+        self.base = decoder_of(model)
+        self.layers = cast(Any, model.base_model.get_submodule(layers_path))
         self.batches = list(batches)
         self._wide: list[HeadStep] | None = None
         self._together = max(_TOGETHER_TOKENS.values())  # 0 if some layer can only run one input at a time
@@ -66,20 +61,50 @@ class LayerStream:
         self._finite: list[tuple[int, Tensor]] = []
         self._places: dict[tuple[int, torch.device], Tensor] = {}
         few = self.batches[0].truncate(rows=2, length=16)
-        self.layout, expected = learn_layout(self.base, self.layers, lambda: self._forward(few))
+        self.layout, expected = learn_layout(self.base, self.layers, lambda: run_batch(model, few))
         self._verify(few, expected)
-        captured = [self._capture(batch) for batch in self.batches]
-        self._calls = [calls for calls, _ in captured]
-        self.embeddings = [entering for _, entering in captured]
+        with_images = next((batch for batch in self.batches if batch.others), None)
+        if with_images is not None:
+            self._verify(with_images, run_batch(model, with_images))
+        self._arguments = BatchArguments(model, self.layers, self.layout, memory)
 
     def __len__(self) -> int:
         return len(self.layers)
 
+    @cached_property
+    def embeddings(self) -> list[LayerOutput]:
+        """The inputs of the first layer for all batches, kept in memory."""
+        return [self.entering(batch) for batch in range(len(self.batches))]
+
+    def entering(self, batch: int) -> LayerOutput:
+        """Compute the input of the first layer for one of the batches."""
+        return self._arguments.entering(self.batches[batch])
+
     @property
-    def output_bytes(self) -> int:
-        """The mean size of a layer's output for a batch, in bytes, including gathered inputs."""
+    def reading_dominates(self) -> bool:
+        """Whether layers are read from the disk to a GPU, which takes longer than computing with them."""
+        return self.entering(0)[0].device.type != "cpu" and any(map(is_on_disk, self.layers))
+
+    def output_bytes(self, batches: Sequence[int]) -> int:
+        """Return the mean size of a layer's output for one of these batches, in bytes, including gathered inputs."""
         parts = 1 if self.layout.gathered is None else 1 + len(self.layout.gathered.layers)
-        return parts * sum(hidden.nbytes for hidden, *_ in self.embeddings) // len(self.embeddings)
+        return parts * sum(self.embeddings[batch][0].nbytes for batch in batches) // len(batches)
+
+    def split(self, parts: Sequence[tuple[int, Sequence[int]]]) -> LayerStream:
+        """Return a stream of the same model over parts of its batches, which is not verified again.
+
+        Args:
+            parts (`Sequence[tuple[int, Sequence[int]]]`): The batch and the rows of each new batch.
+        """
+        other = copy.copy(self)
+        other._finite, other._places = [], {}
+        own = [(self.batches[batch], rows) for batch, rows in parts]
+        other.batches = [whole if len(rows) == len(whole.input_ids) else whole.rows(rows) for whole, rows in own]
+        other.embeddings = [
+            self.embeddings[batch] if other.batches[i] is self.batches[batch] else other.entering(i)
+            for i, (batch, _) in enumerate(parts)
+        ]
+        return other
 
     @torch.no_grad()
     def run_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
@@ -99,7 +124,7 @@ class LayerStream:
         while len(outputs) < len(inputs):
             number = max(1, min(self._together, most) // hidden.shape[:2].numel())
             some = inputs[len(outputs) : len(outputs) + number]
-            joined = self._run_joined(layer, some, *self._calls[batch][layer]) if len(some) > 1 else None
+            joined = self._run_joined(layer, some, self._given(layer, batch)) if len(some) > 1 else None
             if joined is None:
                 outputs += [self.run_layer(layer, entering, batch) for entering in some]
             else:
@@ -108,17 +133,14 @@ class LayerStream:
         return outputs
 
     @torch.no_grad()
-    def _run_joined(
-        self, layer: int, inputs: Sequence[LayerOutput], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[LayerOutput] | None:
+    def _run_joined(self, layer: int, inputs: Sequence[LayerOutput], given: LayerArguments) -> list[LayerOutput] | None:
         """Run a layer on several inputs as one batch; return None if its arguments or the memory do not allow it."""
         number, rows = len(inputs), inputs[0][0].shape[0]
         try:
             joined = tuple(
                 torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*inputs, strict=True)
             )
-            args, kwargs = pytree.tree_map(lambda value: _repeated(value, rows, number), (args, kwargs))
-            output = self._run(layer, joined, args, kwargs)
+            output = self._run(layer, joined, pytree.tree_map(lambda value: _repeated(value, rows, number), given))
         except (IndexError, MemoryError, RuntimeError, ValueError) as error:  # mismatched shapes, or out of memory
             self._together = number * inputs[0][0].shape[:2].numel() // 2 if is_out_of_memory(error) else 0
             fewer = "fewer" if self._together else "one"
@@ -148,17 +170,17 @@ class LayerStream:
     @torch.no_grad()
     def call_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
         """Run one decoder layer as `run_layer`, without the check for finite outputs."""
-        return self._run(layer, entering, *self._calls[batch][layer])
+        return self._run(layer, entering, self._given(layer, batch))
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
         """Skip decoder layers inside the context: their output is their input."""
-        before = self._skipped
-        self._skipped = before | set(layers)
+        added = set(layers) - self._skipped
+        self._skipped |= added  # in place: streams of the same model share it
         try:
             yield
         finally:
-            self._skipped = before
+            self._skipped -= added
 
     @torch.no_grad()
     def finish(self, output: LayerOutput) -> Tensor:
@@ -190,13 +212,15 @@ class LayerStream:
             ValueError: if the model has no language-modelling head.
         """
         self.check_head()
-        ids, mask = self._inputs(self.batches[batch])
+        part: Any = head_of(self.model)
+        # Without images: hidden states are given.
+        text = replace(self.batches[batch], others={})
 
         def stand_in(*_args: Any, **_kwargs: Any) -> Any:
             return self.layout.output_class(last_hidden_state=last_hidden)
 
         with patched_forward(self.base, stand_in):
-            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return part(**model_inputs(self.model, text), use_cache=False).logits
 
     def check_head(self) -> None:
         """Check that the model has a language-modelling head.
@@ -204,7 +228,7 @@ class LayerStream:
         Raises:
             ValueError: if it is only a decoder.
         """
-        if self.base is self.model:
+        if head_of(self.model) is None:
             raise ValueError(
                 "`compare='logits'` and `metric='ppl'` need a model with a language-modelling head; this is only its "
                 "decoder."
@@ -216,15 +240,31 @@ class LayerStream:
 
     def tokens(self, values: Tensor, batch: int) -> Tensor:
         """Select the tokens that are not padding from `[B, S, ...]`: `[T, ...]`, without waiting for the device."""
-        places = self._places.get((batch, values.device))
-        if places is None:
-            places = self.valid(batch).flatten().nonzero().flatten().to(values.device)
-            self._places[batch, values.device] = places
-        return values.flatten(0, 1).index_select(0, places)
+        return values.flatten(0, 1).index_select(0, self._valid_places(batch, values.device))
 
-    def _run(self, layer: int, entering: LayerOutput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerOutput:
-        if layer in self._skipped:
-            return entering
+    def sequence_means(self, values: Tensor, batch: int) -> Tensor:
+        """Compute each sequence's mean, `[B]`, of the values `[T]` of the tokens that `tokens` selects."""
+        mask = self.batches[batch].attention_mask
+        padded = values.new_zeros(mask.numel())
+        padded[self._valid_places(batch, values.device)] = values
+        return padded.view(mask.shape).sum(1) / mask.sum(1).to(values.device)
+
+    def _valid_places(self, batch: int, device: torch.device) -> Tensor:
+        places = self._places.get((batch, device))
+        if places is None:
+            places = self.valid(batch).flatten().nonzero().flatten().to(device)
+            self._places[batch, device] = places
+        return places
+
+    def _given(self, layer: int, batch: int) -> LayerArguments:
+        return self._arguments[self.batches[batch]][layer]
+
+    def _run(self, layer: int, entering: LayerOutput, given: LayerArguments) -> LayerOutput:
+        hidden, *others = entering if layer in self._skipped else self._run_alone(layer, entering, given)
+        return (hidden if given.added is None else hidden + given.added.to(hidden.device), *others)
+
+    def _run_alone(self, layer: int, entering: LayerOutput, given: LayerArguments) -> LayerOutput:
+        args, kwargs, _ = given
         gathered = self.layout.gathered
         if gathered is not None:
             entering, stack = entering[:-1], entering[-1]
@@ -237,48 +277,13 @@ class LayerStream:
         results = output if isinstance(output, tuple) else (output,)
         return results if gathered is None else (*results, gathered.after(layer, stack, entering[0]))
 
-    def _inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        device = self.base.get_input_embeddings().weight.device
-        if device.type == "meta":  # offloaded; accelerate's hooks move the ids
-            device = torch.device("cpu")
-        return batch.input_ids.to(device), batch.attention_mask.to(device)
-
-    def _forward(self, batch: TokenBatch) -> Any:
-        ids, mask = self._inputs(batch)
-        with torch.no_grad():
-            return self.base(input_ids=ids, attention_mask=mask, use_cache=False)
-
-    def _capture(self, batch: TokenBatch) -> tuple[list[Any], LayerOutput]:
-        """Return the arguments that the model gives each layer, and the input of the first, without running layers."""
-        calls: list[Any] = [None] * len(self.layers)
-        first: list[LayerOutput] = []
-        num_results, gathered = self.layout.num_results, self.layout.gathered
-
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = split_hidden(args, kwargs)
-                # Layers run many times; some models pass a cache to fill even with `use_cache=False`.
-                kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-                if not first:
-                    first.append((hidden,) if gathered is None else (hidden, gathered.of(args, kwargs)))
-                calls[index] = (args, kwargs) if gathered is None else gathered.put(None, args, kwargs)
-                return (hidden,) + (None,) * (num_results - 1) if num_results else hidden
-
-            return forward
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                stack.enter_context(patched_forward(layer, stub(index)))
-            self._forward(batch)
-        return calls, first[0]
-
     def _verify(self, batch: TokenBatch, expected: Tensor) -> None:
-        calls, output = self._capture(batch)
-        stores = [(n, v, len(v)) for _, kw in calls for n, v in kw.items() if isinstance(v, MutableMapping)]
+        calls, output = layer_arguments(self.model, self.layers, self.layout, batch)
+        stores = [(n, v, len(v)) for call in calls for n, v in call.kwargs.items() if isinstance(v, MutableMapping)]
         with torch.no_grad():
             for layer, call in enumerate(calls):
                 with self.in_memory(layer):
-                    entering, output = output, self._run(layer, output, *call)
+                    entering, output = output, self._run(layer, output, call)
                     if self._together and not self._joins(layer, entering, output, call):
                         self._together = 0
                 self._finite.append((layer, torch.isfinite(output[0]).all()))
@@ -296,19 +301,21 @@ class LayerStream:
             raise ValueError(_not_finite("The output of the final norm"))
         scale = float(expected.abs().max())
         if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-2, atol=1e-3 * scale):
+            with_images = " with images, only on text" if batch.others else ""
             raise UnsupportedModelError(
-                f"model type {self.model.config.model_type!r} can't be searched layer by layer: its decoder layers "
-                "pass on more than hidden states, or the last one is followed by more than a chain of modules."
+                f"model type {self.model.config.model_type!r} can't be searched layer by layer{with_images}: its "
+                "decoder layers pass on more than hidden states, or the last one is followed by more than a chain of "
+                "modules."
             )
 
-    def _joins(self, layer: int, entering: LayerOutput, output: LayerOutput, call: tuple[Any, Any]) -> bool:
+    def _joins(self, layer: int, entering: LayerOutput, output: LayerOutput, call: LayerArguments) -> bool:
         """Return whether a layer computes the same for two inputs in one batch as for each alone."""
         small = (entering[0] / 2, *entering[1:])
-        joined = self._run_joined(layer, [entering, small], *call)
+        joined = self._run_joined(layer, [entering, small], call)
         largest = float(output[0].abs().max())
         if joined is None or not math.isfinite(largest):
             return False
-        alone = self._run(layer, small, *call)
+        alone = self._run(layer, small, call)
         tolerance = 8 * torch.finfo(output[0].dtype).eps
         return all(
             one[0].shape == two[0].shape and torch.allclose(one[0], two[0], rtol=tolerance, atol=tolerance * largest)
@@ -325,16 +332,3 @@ def _repeated(value: Any, rows: int, number: int) -> Any:
 
 def _not_finite(what: str) -> str:
     return f"{what} contains NaN or infinity. Check the checkpoint, and try dtype='float32' or 'bfloat16'."
-
-
-@contextmanager
-def searching(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model in eval mode without gradients inside the context, and restore the modes of all modules."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .stream import LayerOutput
+from .whole import LayerOutput
 
 
 def as_it_is(output: LayerOutput) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..blocks.weights import GatedWeights, UnsupportedModelError, has_stacked_weights, read_gated_mlp
 from ..checks import is_out_of_memory
 from ..model.layers_cdmoe import CondensedMLP, Trimmed
-from .dense_markers import MARKERS, Marker
+from .dense_markers import Marker, markers_of
 
 # Config fields that may be the width of dense MLPs.
 _WIDTH_FIELDS = (
@@ -29,10 +29,10 @@ _WIDTH_FIELDS = (
     "intermediate_size",
 )
 # Errors that configs, and the models built from them, raise for fields that they do not support.
-_REFUSALS = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+REFUSALS = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 # Fields that only a condensed config has, or in which it differs.
-_CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
-_ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
+CONDENSED_FIELDS = ("condense_config", "auto_map", "architectures", "model_type")
+ADVICE = "Keep the condensed checkpoint, which opens with `import cdmoe_plugin` or `trust_remote_code=True`."
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StockModel:
     places: dict[int, tuple[str, str]]
 
 
-class _Mismatch(Exception):
+class Mismatch(Exception):
     """The reason why a config does not build the expected model."""
 
 
@@ -73,13 +73,13 @@ def stock_model_of(model: Any) -> StockModel:
     base_type = type(model)._base_class.config_class.model_type
     what = f"the config of model type {base_type!r} can't describe this condensed model"
     if config.get_text_config() is not config:
-        raise UnsupportedModelError(f"{what}: the decoder is part of a larger model. {_ADVICE}")
-    sources = _dense_sources(model, specs)
+        raise UnsupportedModelError(f"{what}: the decoder is part of a larger model. {ADVICE}")
+    sources = dense_sources(model, specs)
     dense = set(sources)
-    width = max(1, *(0 if w is None else w.gate.shape[0] for w in map(_weights, sources.values())))
+    width = max(1, *(0 if w is None else w.gate.shape[0] for w in map(weights_of, sources.values())))
     total = config.num_hidden_layers
     reasons = []
-    for marker in (m for m in MARKERS if all(hasattr(config, name) for name in m.fields)):
+    for marker in markers_of(config):
         update = marker.update(config, dense, total)
         named = " and ".join(f"`{name}`" for name in marker.fields)
         if update is None:
@@ -89,15 +89,15 @@ def stock_model_of(model: Any) -> StockModel:
             continue
         for fields in _with_widths(config, update, width):
             try:
-                stock = _sketch(model, fields)
+                stock = sketch_with(model, fields)
                 places = _compare(model, stock, specs, sources, width)
                 changed = {name: v for name, v in fields.items() if getattr(config, name) != v}
                 return StockModel(stock.config, changed, width, places)
-            except _Mismatch as error:
+            except Mismatch as error:
                 reasons.append(f"with {named} changed, {error}")
     if not reasons:
         reasons = ["it has no field for dense layers"]
-    raise UnsupportedModelError(f"{what}: {'; '.join(dict.fromkeys(reasons))}. {_ADVICE}")
+    raise UnsupportedModelError(f"{what}: {'; '.join(dict.fromkeys(reasons))}. {ADVICE}")
 
 
 def _missing_layers(marker: Marker, config: Any, dense: set[int]) -> str:
@@ -109,19 +109,19 @@ def _missing_layers(marker: Marker, config: Any, dense: set[int]) -> str:
     return found
 
 
-def _sketch(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
+def sketch_with(model: Any, fields: dict[str, Any]) -> PreTrainedModel:
     """Build the base architecture's model on the meta device, from a file with these config fields."""
     config = model.config
-    values = {name: value for name, value in config.to_dict().items() if name not in _CONDENSED_FIELDS}
+    values = {name: value for name, value in config.to_dict().items() if name not in CONDENSED_FIELDS}
     values |= {config.attribute_map.get(name, name): value for name, value in fields.items()}
     base_class = type(model)._base_class
     try:
         with torch.device("meta"):
             return base_class(base_class.config_class.from_dict(json.loads(json.dumps(values))))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         if is_out_of_memory(error):
             raise
-        raise _Mismatch(f"it is refused: {error}") from error
+        raise Mismatch(f"it is refused: {error}") from error
 
 
 def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _with_widths(config: Any, update: dict[str, Any], width: int) -> Iterator[di
     yield update
 
 
-def _dense_sources(model: PreTrainedModel, specs: dict[str, Any]) -> dict[int, nn.Module]:
+def dense_sources(model: PreTrainedModel, specs: dict[str, Any]) -> dict[int, nn.Module]:
     """Find the dense MLPs by decoder layer: the condensed ones, and those that were always dense."""
     base: nn.Module = model.base_model
     layers_path, _, name = next(iter(specs.values()))["module"].rsplit(".", 2)
@@ -149,7 +149,7 @@ def _is_dense(module: nn.Module) -> bool:
     return read_gated_mlp(module) is not None and not any(has_stacked_weights(part) for part in module.modules())
 
 
-def _weights(module: nn.Module) -> GatedWeights | None:
+def weights_of(module: nn.Module) -> GatedWeights | None:
     """Return views of the weights of a dense MLP; None if it was trimmed."""
     return None if isinstance(module, Trimmed) else read_gated_mlp(module)
 
@@ -174,12 +174,12 @@ def _compare(
         tensors = whole.state_dict().items()
         return {name: f"{list(tensor.shape)}" for name, tensor in tensors if not name.startswith(inside)}
 
-    _refuse_differing(kinds(model), kinds(stock))
+    refuse_differing(kinds(model), kinds(stock))
     places = {
         layer: (names[id(source)], _dense_place(stock, layer, source, candidates[layer], width))
         for layer, source in sources.items()
     }
-    _refuse_differing(shapes(model), shapes(stock))
+    refuse_differing(shapes(model), shapes(stock))
     return places
 
 
@@ -187,11 +187,11 @@ def _kind(module: nn.Module) -> str:
     return getattr(type(module), "_base_class", type(module)).__name__
 
 
-def _refuse_differing(expected: dict[str, str], found: dict[str, str]) -> None:
+def refuse_differing(expected: dict[str, str], found: dict[str, str]) -> None:
     """Compare two descriptions of all modules but the dense MLPs."""
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise _Mismatch(f"{name} would be {found.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}")
+            raise Mismatch(f"{name} would be {found.get(name, 'nothing')} instead of {expected.get(name, 'nothing')}")
 
 
 def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidates: list[str], width: int) -> str:
@@ -205,21 +205,33 @@ def _dense_place(stock: PreTrainedModel, layer: int, source: nn.Module, candidat
     where = f"decoder layer {layer}"
     dense = {name: weights for name, module in found.items() if (weights := read_gated_mlp(module)) is not None}
     if len(found) != 1 or not dense:
-        raise _Mismatch(f"{where} would have {[type(m).__name__ for m in found.values()]} instead of one dense MLP")
+        raise Mismatch(f"{where} would have {[type(m).__name__ for m in found.values()]} instead of one dense MLP")
+    name = next(iter(dense))
+    check_dense(layer, source, found[name], width)
+    return name
+
+
+def check_dense(layer: int, source: nn.Module, target: nn.Module, width: int) -> None:
+    """Check that a module of another model has the weights of a condensed layer's MLP, padded to a width.
+
+    Raises:
+        Mismatch: with the reason.
+    """
+    weights, where = read_gated_mlp(target), f"decoder layer {layer}"
+    if weights is None:
+        raise Mismatch(f"{where} would have a {type(target).__name__}, which is no gated MLP")
     if isinstance(source, CondensedMLP) and source.norm_name is not None:
-        raise _Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
-    name, weights = next(iter(dense.items()))
-    own, given = sum(p.numel() for p in found[name].parameters()), _weights(source)
+        raise Mismatch(f"the dense MLP of {where} would have no {source.norm_name}")
+    own, given = sum(p.numel() for p in target.parameters()), weights_of(source)
     if own != sum(part.numel() for part in (*weights.matrices, *weights[3:]) if part is not None):
-        raise _Mismatch(f"{where} would have a {type(found[name]).__name__}, which is more than a gated MLP")
+        raise Mismatch(f"{where} would have a {type(target).__name__}, which is more than a gated MLP")
     if weights.gate.shape[0] != width:
-        raise _Mismatch(f"the MLP of {where} would be {weights.gate.shape[0]} wide instead of {width}")
+        raise Mismatch(f"the MLP of {where} would be {weights.gate.shape[0]} wide instead of {width}")
     for before, after in zip((given or weights)[3:], weights[3:], strict=True):
         if before is not None and after is None:
-            raise _Mismatch(f"the MLP of {where} would have no biases")
-    if isinstance(source, CondensedMLP) and not _same_activation(source, found[name]):
-        raise _Mismatch(f"the MLP of {where} would have another activation than {_kind(source.act_fn)}")
-    return name
+            raise Mismatch(f"the MLP of {where} would have no biases")
+    if isinstance(source, CondensedMLP) and not _same_activation(source, target):
+        raise Mismatch(f"the MLP of {where} would have another activation than {_kind(source.act_fn)}")
 
 
 def _same_activation(source: CondensedMLP, target: nn.Module) -> bool:

@@ -25,10 +25,12 @@ from cdmoe_plugin_lm_eval import register
 
 from ..api import condense_pretrained
 from ..cards.tables import format_table
+from ..loading.adapter_weights import plan_or_adapter
 from ..loading.load import hub_kwargs
 from ..model.registration import is_ours
 from ..plan import CondensePlan
 from ..sizes import format_bytes
+from ..tokenizing import required_tokenizer
 from .lm_eval_arguments import check_with_plan, explain_unexpected, pop_quantisation, read_plan
 from .measure import generation_speed, peak_memory, reset_peak_memory, weight_bytes
 
@@ -44,7 +46,8 @@ class CDMoELM(HFLM):
     Args:
         pretrained (`str`, `os.PathLike` or `PreTrainedModel`): A condensed checkpoint, or a sparse base model.
         plan (`str`, `os.PathLike` or `CondensePlan`, *optional*): A condense_plan.json, or the folder of a condensed
-            checkpoint. `pretrained` is then a sparse base model, which is condensed while it is read.
+            checkpoint or a condense adapter. `pretrained` is then a sparse base model, which is condensed while it is
+            read; an adapter also brings its weights.
         num_layers (`int`, *optional*): Condense only the plan's first layers.
         num_experts (`int`, *optional*): Keep only the plan's first experts of each layer.
         **kwargs: The arguments of `hf` (`dtype`, `peft`, `parallelize`, `batch_size`, ...), of `from_pretrained`, and
@@ -71,6 +74,7 @@ class CDMoELM(HFLM):
         self._plan = read_plan(plan, num_layers, num_experts)
         if self._plan is not None:
             check_with_plan(pretrained, kwargs)
+        self._source = plan_or_adapter(plan, self._plan)
         self._quantisation = pop_quantisation(kwargs)
         if self._quantisation is not None and not isinstance(pretrained, str):
             raise ValueError(
@@ -101,10 +105,21 @@ class CDMoELM(HFLM):
             backend = "causal"  # lm-eval uses a fixed table of transformers, and warns
         super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
 
-    def _create_model(self, pretrained: str, quantization_config: Any = None, **kwargs: Any) -> None:
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        if tokenizer is None and isinstance(pretrained, str):
+            places = ("revision", "trust_remote_code", "subfolder")
+            required_tokenizer(pretrained, **{name: kwargs[name] for name in places if kwargs.get(name) is not None})
+        super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+
+    def _create_model(
+        self, pretrained: str, quantization_config: Any = None, peft: str | None = None, **kwargs: Any
+    ) -> None:
         auto_class = self.AUTO_MODEL_CLASS
+        # `hf` cuts the embeddings to the length of the tokenizer before it loads any adapter, which changes all logits.
+        condense_adapter = peft if peft and _adapter_type(peft) == "CDMOE" else None
+        kwargs["peft"] = None if condense_adapter else peft
         if self._plan is not None:
-            self.AUTO_MODEL_CLASS = _CondensingAutoClass(self._plan)
+            self.AUTO_MODEL_CLASS = _CondensingAutoClass(self._source)
         own = {name: value for name, value in kwargs.items() if name not in signature(HFLM._create_model).parameters}
         try:
             super()._create_model(pretrained, quantization_config=self._quantisation or quantization_config, **kwargs)
@@ -116,6 +131,10 @@ class CDMoELM(HFLM):
             raise explained from error
         finally:
             self.AUTO_MODEL_CLASS = auto_class
+        if condense_adapter is not None:
+            from peft import PeftModel  # an optional dependency
+
+            self._model: Any = PeftModel.from_pretrained(self._model, condense_adapter)
         self._config = self._model.config
 
     def _share_work(self) -> None:
@@ -132,6 +151,9 @@ class CDMoELM(HFLM):
         """
         peak, peak_of = peak_memory(self.model)
         condensed = getattr(self.model.config, "condense_config", None)
+        adapter: Any = getattr(self.model, "active_peft_config", None)
+        if getattr(adapter, "peft_type", None) == "CDMOE":
+            condensed = {"condensed_layers": adapter.layers}
         info = {
             **super().get_model_info(),
             "condensed_layers": _layers(condensed) if condensed else [],
@@ -169,8 +191,8 @@ class CDMoELM(HFLM):
 class _CondensingAutoClass:
     """A replacement for `AutoModelForCausalLM` in `hf` that condenses models by a plan."""
 
-    def __init__(self, plan: CondensePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Any) -> None:
+        self.plan = plan  # or the folder of a condense adapter
 
     def from_pretrained(self, path: str, quantization_config: Any = None, **kwargs: Any) -> PreTrainedModel:
         if quantization_config is None:
@@ -187,7 +209,7 @@ class _CondensingAutoClass:
 
 
 @contextmanager
-def _condensed_checkpoint(path: str, plan: CondensePlan, model_kwargs: dict[str, Any]) -> Iterator[str]:
+def _condensed_checkpoint(path: str, plan: Any, model_kwargs: dict[str, Any]) -> Iterator[str]:
     """Write the condensed checkpoint to a temporary folder, one for all processes of a machine."""
     # Condensed on the CPU; loading the checkpoint places the model.
     placed = {"device_map": "cpu", "max_memory": None, "offload_folder": None}
@@ -210,6 +232,12 @@ def _condensed_checkpoint(path: str, plan: CondensePlan, model_kwargs: dict[str,
             raise RuntimeError(f"The main process could not condense {path!r}: {reason}")
         yield written
         state.wait_for_everyone()  # until all processes have read it
+
+
+def _adapter_type(path: str) -> str:
+    from peft import PeftConfig
+
+    return str(PeftConfig._get_peft_type(path))
 
 
 def _layers(condense_config: dict[str, Any]) -> list[int]:

@@ -1,9 +1,10 @@
-"""The entry point `vllm.general_plugins`, which every process of vLLM runs when it starts.
+"""The entry points `vllm.general_plugins` and `sglang.srt.plugins`, which every process of these engines runs first.
 
 vLLM runs models that it does not implement with transformers' code ("transformers backend"). It opens the config with
 `AutoConfig`, which importing this package prepares, takes the class named by `architectures` in config.json from the
 module `transformers`, and makes the model with `AutoModel.from_config`. That module must therefore have an attribute
-`CDMoE<X>`, in these processes only. vLLM itself is not imported.
+`CDMoE<X>`, in these processes only. vLLM itself is not imported. SGLang looks for classes in the same places, according
+to its source code; it was not run.
 """
 
 from __future__ import annotations

@@ -39,6 +39,13 @@ def settle_bitsandbytes(model: Any) -> None:
         model._weight_conversions = [conversion for conversion in conversions if _has_inverse(conversion)]
 
 
+def repacked_layers(model: Any) -> list[str]:
+    """List the 4-bit layers that a forward pass before `settle_bitsandbytes` has repacked."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    states = ((name, getattr(weight, "quant_state", None)) for name, weight in weights)
+    return [name for name, state in states if getattr(state, "packing_format_for_cpu", False)]
+
+
 def _has_inverse(conversion: Any) -> bool:
     try:
         conversion.reverse_transform()

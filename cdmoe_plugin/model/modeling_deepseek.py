@@ -8,7 +8,7 @@ package is not installed: it imports only torch, transformers and `modeling_cdmo
 """
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -78,6 +78,7 @@ class DeepseekConfig(LlamaConfig):
     """
 
     model_type = "deepseek"
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL 1.16 reads it from every config class that transformers lacks
     attribute_map = {
         "num_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
@@ -288,6 +289,22 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, Deepse
         self.post_init()
 
 
+class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
+    """The decoder with a classification head on every token.
+
+    Args:
+        config (`DeepseekConfig`): Configuration of the model.
+    """
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)  # as above
+        self.num_labels = config.num_labels
+        self.model = DeepseekModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
 # Checkpoints store the experts of a layer one by one, modules store them fused. transformers
 # converts between the two on load and on save, for custom code only if its model type is
 # registered. This file may be imported again as a copy beside weights: the first mapping stays.
@@ -300,6 +317,7 @@ __all__ = [
     "DeepseekConfig",
     "DeepseekForCausalLM",
     "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
     "DeepseekModel",
     "DeepseekPreTrainedModel",
 ]

@@ -60,6 +60,7 @@ def register_deepseek() -> None:
         ("AutoModel", deepseek.DeepseekModel),
         ("AutoModelForCausalLM", deepseek.DeepseekForCausalLM),
         ("AutoModelForSequenceClassification", deepseek.DeepseekForSequenceClassification),
+        ("AutoModelForTokenClassification", deepseek.DeepseekForTokenClassification),
     ):
         getattr(modeling_auto, auto_name).register(deepseek.DeepseekConfig, model_class, exist_ok=True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .adapters import refuse_adapters
 from .layers_cdmoe import CondensedMLP
 from .lookup import condensed_layers
 
@@ -17,21 +18,29 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 
-def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
+def unfreeze_condensed(model: PreTrainedModel, routed: bool = False) -> list[str]:
     """Set `requires_grad` on the condensed layers' MLPs and freeze everything else (CD-MoE, section 4.3).
 
     transformers' Trainer refuses a model with any quantised layer unless it has adapters. If the condensed layers were
     left out of the quantisation, set `model.is_quantized = False` before making the Trainer.
 
+    Args:
+        model (`PreTrainedModel`): The condensed model.
+        routed (`bool`, defaults to `False`): Whether to train the experts that stay behind the routers of these layers
+            (`num_routed`), and the routers, too.
+
     Returns:
         `list[str]`: Names of the trainable parameters, as in `model.named_parameters()`.
 
     Raises:
-        ValueError: if the model is not condensed, its condensed layers are quantised, or its layers were trimmed.
+        ValueError: if the model is not condensed, its condensed layers are quantised, its layers were trimmed, or it
+            has adapters: saved as such, it would lose the trained weights.
     """
-    mlps = _trainable_layers(model).values()
+    refuse_adapters(model)
+    experts = _staying_experts(model) if routed else []
+    mlps = (condensed_layers(model) if experts else _trainable_layers(model)).values()
     _refuse_quantised_layers(model, mlps)
-    trained = {id(p) for mlp in mlps for p in mlp.parameters()}
+    trained = {id(p) for p in (*experts, *(p for mlp in mlps for p in mlp.parameters()))}
     names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -40,11 +49,21 @@ def unfreeze_condensed(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def _staying_experts(model: PreTrainedModel) -> list[nn.Parameter]:
+    """List the parameters of experts that stay behind routers, and of these routers."""
+    found: list[nn.Parameter] = []
+    for spec in (getattr(model.config, "condense_config", None) or {}).get("condensed_layers", {}).values():
+        own = dict(model.base_model.get_submodule(spec["module"].rpartition(".")[0]).named_parameters())
+        found += [own[name] for name in spec.get("per_expert", {}) if name in own]
+    return found
+
+
 def _trainable_layers(model: PreTrainedModel) -> dict[int, CondensedMLP]:
     mlps = condensed_layers(model)
     if not mlps:
         raise ValueError(
-            "The MLPs of the chosen layers were dropped (`trim_layer`): there is nothing to train in them."
+            "The MLPs of the chosen layers were dropped (`trim_layer`), or keep experts and no dense part: there is "
+            "nothing to train in them."
         )
     return mlps
 
@@ -64,9 +83,15 @@ def _refuse_quantised_layers(model: PreTrainedModel, mlps: Iterable[nn.Module]) 
 def condensed_module_names(model: PreTrainedModel) -> list[str]:
     """List the condensed layers' projections (three each, two without gates) for `LoraConfig(target_modules=...)`.
 
+    Gates per token are not among them: they are small, and stay as they are or are named in `modules_to_save`.
+
+    Args:
+        model (`PreTrainedModel`): The condensed model, or a `PeftModel` around it, for a further adapter.
+
     Raises:
         ValueError: if the model is not condensed, or its layers were trimmed.
     """
+    model = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: model)()
     names = {id(module): name for name, module in model.named_modules()}
     projections = ("gate_proj", "up_proj", "down_proj")
     mlps = _trainable_layers(model).values()

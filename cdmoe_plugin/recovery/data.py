@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -13,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..data import C4_FILES, C4_NAME, TABLES, is_local, open_file, open_hub
+from ..data import C4_FILES, C4_NAME, TABLES, open_hub, open_source
+from ..samples import to_prompt_and_completion
 
 logger = logging.get_logger(__name__)
 
@@ -50,9 +50,11 @@ def load_stage_data(
 
     Args:
         stage (`str`): "lm" or "sft", as error messages name the options.
-        source: None (C4's first English shard, as in the paper), a name on the hub, a local .json/.jsonl/.parquet file,
-            or a `Dataset`. Rows have `text`, `prompt` and `completion`, `messages`, token ids as `input_ids`, or
-            commonsense170k's `instruction`, `input`, `output`, `answer`.
+        source: None (C4's first English shard, as in the paper), the name of a dataset on the hub, as
+            `name:config@split` (the latter two optional), a local .json, .jsonl, .parquet, .csv, .tsv or .arrow file,
+            which may be compressed, or a folder of such files, or a `Dataset`. Rows have `text`, `prompt` and
+            `completion`, `messages`, token ids as `input_ids`, or commonsense170k's `instruction`, `input`, `output`,
+            `answer`.
         held_out (*optional*): The same for held-out rows; by default rows of `source`, at most a tenth of them.
         num_examples (`int`, *optional*): Number of training rows, drawn with `seed`; all by default.
         num_held_out (`int`, defaults to 512): Maximum number of held-out rows.
@@ -106,10 +108,9 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
         dataset = open_hub(C4_NAME, stage, f"Pass `--{option}` a local file.", data_files={"train": C4_FILES})
     elif not isinstance(source, (str, os.PathLike)):
         dataset = source
-    elif is_local(source, TABLES):
-        dataset = open_file(Path(source), stage, TABLES)
     else:
-        dataset = open_hub(str(source), stage, f"Pass `--{option}` a local {'/'.join(TABLES)} file or another name.")
+        advice = f"Pass `--{option}` a local {'/'.join(TABLES)} file or another name."
+        dataset = open_source(source, stage, TABLES, advice)
     if dataset is not None and not hasattr(dataset, "__len__"):
         raise ValueError(f"`{option}` should be a Dataset, but is a {type(dataset).__name__}, which has no length.")
     if dataset is None or not len(dataset):
@@ -138,12 +139,3 @@ def _rows(stage: str, source: Any, option: str, seed: int) -> Dataset:
 
 def _has_text(value: str | None) -> bool:
     return value is not None and bool(value.strip())
-
-
-def to_prompt_and_completion(row: dict[str, Any]) -> dict[str, str]:
-    """Convert a row of commonsense170k to `prompt` and `completion`.
-
-    The completion starts with a space, so that no token spans both.
-    """
-    question = "\n\n".join(part.strip() for part in (row["instruction"], row.get("input") or "") if _has_text(part))
-    return {"prompt": f"{question}\n\nAnswer:", "completion": f" {row['output'].strip()}"}

@@ -2,6 +2,10 @@
 
 Both have the same weights except in the condensed layers. The teacher is therefore the student with the sparse blocks
 put back during a forward pass, and only these blocks take additional memory.
+
+A condense adapter (docs/adapter.md) also has both in one model, with the same loss in the same memory, and without the
+45 lines here that open, move and put back blocks (`model.disable_adapter()` instead). It is not used here because a
+stage would have to turn a condensed checkpoint into an adapter and back, and because PEFT allows no LoRA on it.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..blocks import SparseBlock, find_sparse_blocks, hidden_of, model_shape
+from ..blocks import SparseBlock, decoder_of, find_sparse_blocks, hidden_of, model_shape
 from ..condense.place import standing_in
-from ..decoder.stream import decoder_of, searching
+from ..decoder.whole import last_hidden_state, searching
 from ..loading.load import check_whole
+from ..model.adapters import refuse_adapter_files
 from ..model.lookup import condensed_layers
 from ..plan import CondensePlan
 
@@ -124,7 +129,7 @@ class Distillation:
 
     def _logits_loss(self, student: Tensor, inputs: dict[str, Any], predicts: Tensor) -> Tensor:
         with torch.no_grad(), self._sparse_again():
-            teacher = decoder_of(self.model)(**inputs).last_hidden_state
+            teacher = last_hidden_state(self.model, **inputs)
         total = student.new_zeros((), dtype=torch.float32)
         pairs = zip(student[predicts].split(_CHUNK), teacher[predicts].split(_CHUNK), strict=True)
         for of_student, of_teacher in pairs:
@@ -164,7 +169,7 @@ class Distillation:
         ids = torch.arange(2, 6, device=head.weight.device)[None]
         with searching(self.model):
             output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-            raw = head(decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state).float()
+            raw = head(last_hidden_state(self.model, input_ids=ids, use_cache=False)).float()
         logits = output.logits.float()
         scale = float((raw * logits).sum() / raw.square().sum())
         if not torch.allclose(raw * scale, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
@@ -200,8 +205,9 @@ def load_teacher_blocks(path: str | os.PathLike, plan: CondensePlan, **model_kwa
 
     Raises:
         UnsupportedModelError: if the model has no sparse layers.
-        ValueError: if the plan was made for another model.
+        ValueError: if the plan was made for another model, or the checkpoint is or has an adapter.
     """
+    refuse_adapter_files(path, model_kwargs)
     opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **model_kwargs)
     teacher, loading_info = opened
     check_whole(teacher, loading_info)

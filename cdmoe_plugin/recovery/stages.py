@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from ..atomic import STAGING, read_json, replacing_files, write_json
 from ..cards.card import is_someones_card
+from ..loading.processing import save_processing
 from .trainer import CondensedSFTTrainer
 from .weights import load_condensed_weights
 
@@ -209,4 +210,4 @@ def finish(start: str | Path, output_dir: Path, done: Sequence[StageSummary], me
             earlier = model.config.condense_config.get("recovery") or []
             model.config.condense_config["recovery"] = [*earlier, *map(asdict, done)]
             model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(start, **model_kwargs).save_pretrained(folder)
+        save_processing(start, folder, **model_kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
+from ..model.adapters import refuse_left_adapter
 from ..model.training import condensed_module_names, unfreeze_condensed
+from ..naming import base_checkpoint
 from .distillation import Distillation
 from .weights import load_condensed_weights
 
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 logger = logging.get_logger(__name__)
+
+# Of the positional arguments of `trl.SFTTrainer` after `args`.
+_PLACE_OF_PROCESSING_CLASS = 4
 
 
 class CondensedSFTTrainer(SFTTrainer):
@@ -34,8 +41,9 @@ class CondensedSFTTrainer(SFTTrainer):
     checkpoint: the others never change.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): A condensed model. If it is quantised, its condensed layers must not
-            be (see `quantised_around_condensed`), unless they have LoRA.
+        model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`): A condensed checkpoint, which is opened with
+            `args.model_init_kwargs`, or a condensed model. If it is quantised, its condensed layers must not be (see
+            `quantised_around_condensed`), unless they have LoRA.
         args (`SFTConfig`, *optional*), *more, **kwargs: As for `trl.SFTTrainer`.
         peft_config (`PeftConfig`, *optional*): LoRA or the like. Its default `target_modules` are the condensed layers'
             projections.
@@ -49,14 +57,34 @@ class CondensedSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: str | os.PathLike | PreTrainedModel | PeftModel,
         args: SFTConfig | None = None,
         *more: Any,
         peft_config: PeftConfig | None = None,
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> None:
+        revision = None
+        if isinstance(model, (str, os.PathLike)):
+            model_kwargs: Any = (args and args.model_init_kwargs) or {}
+            revision = model_kwargs.get("revision")
+            if kwargs.get("quantization_config") is not None:
+                model_kwargs = {**model_kwargs, "quantization_config": kwargs.pop("quantization_config")}
+            # In float32 as `trl.SFTTrainer` opens it, unless `model_init_kwargs` say otherwise.
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **model_kwargs})
+            if model_kwargs:  # TRL would warn that it ignores them
+                args = copy.copy(args)
+                args.model_init_kwargs = None  # type: ignore[union-attr]
         condensed: Any = unwrap_peft_model(model)
+        if not isinstance(condensed, PreTrainedModel):
+            raise ValueError(
+                "`model` should be a condensed checkpoint, a loaded PreTrainedModel or a PeftModel, but is a "
+                f"{type(model).__name__}."
+            )
+        place = base_checkpoint(condensed)
+        # TRL looks the tokenizer up by the model's name, which is no checkpoint after condensing in memory.
+        if kwargs.get("processing_class") is None and len(more) < _PLACE_OF_PROCESSING_CLASS and place:
+            kwargs["processing_class"] = AutoProcessor.from_pretrained(place, revision=revision)
         has_adapters = peft_config is not None or is_peft_model(model)
         self.distillation = distillation
         self.dropped_rows: dict[str, int] = {}
@@ -70,6 +98,8 @@ class CondensedSFTTrainer(SFTTrainer):
             unfreeze_condensed(condensed)
         with _trainable_although_quantised(model, has_adapters):
             super().__init__(model, args, *more, **kwargs)
+        if not has_adapters:
+            refuse_left_adapter(str(self.args.output_dir))  # before training, not when the result is saved
         if self.aux_loss_enabled and condensed.config.condense_config["all_condensed"]:
             raise ValueError("`router_aux_loss_coef` should be 0: all sparse layers are condensed, no router is left.")
         per_step = self.args.train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps

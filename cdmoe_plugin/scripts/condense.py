@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import replacing_files
 from ..config import CondenseConfig, condense_arguments
+from ..plan_files import PLAN_FILE
 from .arguments import GROUPS, CondenseArguments
 from .estimate import print_estimate, requested
 from .export import export
-from .folders import check_output, has_tokenizer
+from .folders import (
+    check_output,
+    check_space,
+    check_writable,
+    default_state_dir,
+    disk_of,
+    remove_state,
+)
 from .parsing import Parser, given_fields
+from .placement import check_placement, placement
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,61 +76,121 @@ def run(args: CondenseArguments, given: dict[str, Any]) -> None:
     """
     from accelerate import Accelerator
 
-    from ..export.check import check_export
+    from ..export.check import check_export, refuse_gated_request
+    from ..loading.dequantize import refuse_stored
 
     if args.export_approximate and args.export_stock is None:
         raise ValueError("`--export_approximate` does nothing without `--export_stock`.")
     plan, config = requested(args, given, args.calibration, args.export_approximate)
+    if not args.dequantize:
+        refuse_stored(args.model_name_or_path, **args.hub)
     if args.export_stock is not None:
-        check_export(args.model_name_or_path, plan or config, args.export_approximate, **args.hub)
+        refuse_gated_request(config)  # also with a plan, which has no such gates
+        opening = {"text_only": args.text_only, **args.hub}
+        check_export(args.model_name_or_path, plan or config, args.export_approximate, **opening)
     if args.dry_run:
         print_estimate(args, plan or config)
         return
     output_dir, export_dir = check_output(args.output_dir), check_export_folder(args)
+    check_placement(args)
+    check_disk(args, plan or config, [folder for folder in (output_dir, export_dir) if folder is not None])
+    state_dir = None if plan is not None else search_folder(args)
     accelerator = Accelerator()
-    if plan is not None and accelerator.num_processes > 1:
-        raise ValueError("With `--plan` there is no search to share: run one process, without `accelerate launch`.")
-    try:
-        model = condense(args, plan, config, accelerator)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept(args, plan)) from None
-    if not accelerator.is_main_process:
-        return
-    save(model, output_dir, args)
-    if export_dir is not None:
-        export(
-            in_one_place(model, output_dir),
-            export_dir,
-            output_dir,
-            args.export_approximate,
-            config=config,
-            calibration=args.calibration,
-            max_shard_size=args.max_shard_size or "5GB",
+    if plan is not None and config.refit is None and accelerator.num_processes > 1:
+        raise ValueError(
+            "With `--plan` and no `--refit`, there is nothing to share: run one process, without `accelerate launch`."
         )
+    with keeping(state_dir):
+        model = condense(args, plan, config, accelerator, state_dir)
+        if not accelerator.is_main_process:
+            return
+        save(model, output_dir, args)
+        if export_dir is not None:
+            export(
+                in_one_place(model, output_dir),
+                export_dir,
+                output_dir,
+                args.export_approximate,
+                config=config,
+                calibration=args.calibration,
+                max_shard_size=args.max_shard_size or "5GB",
+            )
+    if state_dir is not None and args.state_dir is None:
+        remove_state(state_dir)
 
 
-def kept(args: CondenseArguments, plan: CondensePlan | None) -> str:
-    """Return what an interrupted run leaves, and how to go on."""
-    if plan is not None:
+def check_disk(args: CondenseArguments, request: CondensePlan | CondenseConfig, folders: Sequence[Path]) -> None:
+    """Check that the checkpoints will fit on the disk.
+
+    Raises:
+        ValueError: naming the needed and the free space.
+    """
+    from ..estimate import estimate
+
+    sizes = estimate(args.model_name_or_path, request, dtype=args.dtype, text_only=args.text_only, **args.hub)
+    needed = sizes.after * sizes.width
+    for folder in folders:
+        check_space(folder, needed, f"The condensed model in {folder}")
+    if len({disk_of(folder) for folder in folders}) < len(folders):
+        check_space(folders[0], needed * len(folders), f"`--output_dir` and `--export_stock` together ({folders[0]})")
+
+
+def search_folder(args: CondenseArguments) -> Path:
+    """Return the folder for the search's state, in which files can be made."""
+    if args.state_dir is not None:
+        check_writable(Path(args.state_dir), f"`--state_dir` {args.state_dir}")
+        return Path(args.state_dir)
+    folder = default_state_dir(Path(args.output_dir or ""))
+    check_writable(folder, f"Choose a folder for the search's results by `--state_dir`: the default, {folder},")
+    return folder
+
+
+@contextmanager
+def keeping(state_dir: Path | None) -> Iterator[None]:
+    """Add to an interruption, or to an error of the disk, what was kept and how to go on."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept(state_dir)) from None
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise
+        raise OSError(f"{error}. {kept(state_dir)}") from error
+
+
+def kept(state_dir: Path | None) -> str:
+    """Return what a run that did not end well leaves, and how to go on."""
+    if state_dir is None:
         return "Nothing was saved; run the same command again."
-    if args.state_dir is None:
-        return "Nothing was kept. With `--state_dir FOLDER`, an interrupted search goes on where it stopped."
-    return f"The search's results so far are in {args.state_dir}; the same command goes on from there."
+    if (state_dir / PLAN_FILE).exists():
+        return f"The search is done and its plan is in {state_dir}; the same command only condenses and saves."
+    if any(state_dir.glob("*")):
+        return f"The search's results so far are in {state_dir}; the same command goes on from there."
+    return "There are no results of the search yet; run the same command again."
 
 
 def condense(
-    args: CondenseArguments, plan: CondensePlan | None, config: CondenseConfig, accelerator: Accelerator
+    args: CondenseArguments,
+    plan: CondensePlan | None,
+    config: CondenseConfig,
+    accelerator: Accelerator,
+    state_dir: Path | None,
 ) -> PreTrainedModel:
     """Search, or take the plan, and condense."""
     from ..api import condense_pretrained
+    from ..loading.adapter_weights import plan_or_adapter
 
     return condense_pretrained(
         args.model_name_or_path,
         config if plan is None or config.refit else None,
-        plan=plan,
+        plan=plan_or_adapter(args.plan, plan),
         calibration=args.calibration,
-        state_dir=args.state_dir,
+        state_dir=state_dir,
         accelerator=accelerator,
+        text_only=args.text_only,
+        keep_extra=args.keep_extra,
         dtype=args.dtype,
         **placement(args, accelerator),
         **args.hub,
@@ -129,17 +199,15 @@ def condense(
 
 def save(model: Any, output_dir: Path, args: CondenseArguments) -> None:
     """Save the condensed model with its plan and the tokenizer, and print both."""
-    from transformers import AutoTokenizer
-
     from ..cards.card import is_someones_card
     from ..cards.tables import plan_table
+    from ..loading.processing import save_processing
 
     with replacing_files(output_dir, keep=is_someones_card) as folder:  # all of it is there at once, or nothing
         # What is offloaded is read again for one file at a time.
         model.save_pretrained(folder, max_shard_size=args.max_shard_size or ("1GB" if args.offload_folder else "5GB"))
         model.condense_plan.save(folder / "condense_plan.json")  # a model with fewer layers does not bring its own
-        if has_tokenizer(args.model_name_or_path):
-            AutoTokenizer.from_pretrained(args.model_name_or_path, **args.hub).save_pretrained(folder)
+        save_processing(args.model_name_or_path, folder, processor=not args.text_only, **args.hub)
     print(plan_table(model.condense_plan))
     print(f"Saved to {output_dir}: {model.num_parameters():,} parameters.")
 
@@ -155,15 +223,3 @@ def in_one_place(model: Any, saved: Path) -> Any:
     if is_one or not isinstance(model, CondensedModelMixin):
         return model
     return AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
-
-
-def placement(args: CondenseArguments, accelerator: Any) -> dict[str, Any]:
-    """Return the arguments that tell `from_pretrained` where the weights go."""
-    device_map: Any = args.device_map
-    if device_map is None and accelerator.num_processes > 1:
-        device_map = {"": accelerator.device}
-    if args.offload_folder is None:
-        return {"device_map": device_map or "auto"}
-    # Every process writes files of its own.
-    folder = Path(args.offload_folder) / f"process-{accelerator.process_index}"
-    return {"offload_folder": str(folder), "device_map": args.device_map}

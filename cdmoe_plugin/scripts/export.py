@@ -11,7 +11,7 @@ from ..atomic import replacing_files
 from ..config import CondenseConfig, condense_arguments
 from ..registry import EXPORT_TARGETS, ExportTarget
 from .arguments import READING
-from .folders import check_output, has_tokenizer
+from .folders import check_output
 from .parsing import Parser, given_fields, help_field
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class ExportArguments:
         "tokens. What this costs is measured.",
         False,
     )
-    calibration: str | None = help_field("Hub dataset or local .txt, .json, .jsonl or .parquet file; C4 if unset.")
+    calibration: str | None = help_field(
+        "Hub dataset (name:config@split), local file or folder, as for `cdmoe condense`; C4 if unset."
+    )
     dtype: str = help_field("Dtype to load the model in; auto is the checkpoint's own.", "auto")
     max_shard_size: str = help_field("Size of the saved checkpoint's files, at most.", "5GB")
     revision: str = help_field("Revision of the checkpoint on the hub.", "main")
@@ -125,13 +127,11 @@ def export(
         revision (`str`, defaults to `"main"`): Revision of the condensed checkpoint.
         **options: Further arguments of `export_stock`.
     """
-    from transformers import AutoTokenizer
-
     from ..cards.card import is_someones_card
+    from ..loading.processing import save_processing
 
     target = target or EXPORT_TARGETS["stock"]
     with replacing_files(folder, keep=is_someones_card) as staging:
         written = target.write(model, staging, approximate, **options)
-        if has_tokenizer(str(condensed)):
-            AutoTokenizer.from_pretrained(condensed, revision=revision).save_pretrained(staging)
+        save_processing(condensed, staging, revision=revision)
     print(f"Exported to {folder} as {written.model_type}: {written.parameters:,} parameters.")

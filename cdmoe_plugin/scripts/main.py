@@ -33,8 +33,14 @@ commands:
 # The extra of this package that brings a library.
 EXTRAS = {"trl": "recipes", "peft": "recipes", "datasets": "calibration", "matplotlib": "plot"}
 EXTRAS |= {"bitsandbytes": "quantize", "lm_eval": "lm-eval"}
-# Where a `ValueError` is about what the user asked for: our own checks, and transformers' when it opens a checkpoint.
-CHECKING = ("cdmoe_plugin.", "transformers.models.auto.", "transformers.dynamic_module_utils")
+# Where a `ValueError` is about what the user asked for: our own checks, and transformers' when it opens a checkpoint or
+# finds no place for its weights.
+CHECKING = (
+    "cdmoe_plugin.",
+    "transformers.models.auto.",
+    "transformers.dynamic_module_utils",
+    "transformers.integrations.accelerate",
+)
 USER_ERROR, INTERRUPTED = 2, 128 + signal.SIGINT
 _GRACE = 10.0
 

@@ -115,6 +115,9 @@ class Parser(HfArgumentParser, PlainParser):
             hints = get_type_hints(each)
             self._optional |= {name for name, hint in hints.items() if type(None) in get_args(hint)}
             self._add_dataclass_arguments(each)  # type: ignore[arg-type]
+        for action in self._actions:
+            if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser repeats the help for "--no_..."
+                action.help, action.default = f"The same as --{action.dest} false.", argparse.SUPPRESS
         for title, names in groups.items():
             self._arrange(title, set(names))
 
@@ -169,6 +172,9 @@ class Parser(HfArgumentParser, PlainParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Read "none" as None where an option takes it and it is no text, as TRL's parser does."""
+        if action.nargs in ("+", "*") and action.type is not str and "," in arg_string:
+            words = " ".join(arg_string.replace(",", " ").split())
+            raise argparse.ArgumentError(action, f"values are separated by spaces: {words}, not {arg_string}")
         may_be_none = action.dest in self._optional and action.nargs is None and action.type is not str
         if may_be_none and arg_string.lower() in ("none", "null"):
             return None

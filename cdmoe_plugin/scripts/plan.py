@@ -9,6 +9,7 @@ from itertools import takewhile
 from ..cards.page import write_page
 from ..cards.tables import FORM_TEXTS, format_table, plan_table
 from ..plan import CondensePlan
+from ..sizes import read_share
 from .parsing import PlainParser
 
 HELP = """usage: cdmoe plan {show,truncate,compare} PLAN [options]
@@ -19,7 +20,7 @@ Look at plans. A PLAN is a condense_plan.json, or the folder of a condensed chec
 
 commands:
   show      layers in the order of their selection, with their experts; sizes; the search that found them
-  truncate  cut a plan to fewer layers or experts, without another search
+  truncate  cut a plan to fewer layers or experts, or to a smaller size, without another search
   compare   layers and experts that two plans have in common
 """
 _PLAN = "A condense_plan.json, or the folder of a condensed checkpoint."
@@ -58,11 +59,13 @@ def sizes(plan: CondensePlan) -> str:
     rows = []
     for layer in plan.layers:
         shape = shapes[layer.layer]
-        shared = shape.shared_intermediate_size if plan.form == "condense" else 0
+        shared = shape.shared_intermediate_size if not plan.form.startswith("trim") else 0
         before = shape.num_experts * shape.intermediate_size + shape.shared_intermediate_size
-        after = len(layer.experts) * shape.intermediate_size + shared
+        after = layer.dense_neurons(shape.intermediate_size) + shared
+        after += len(layer.routed or ()) * shape.intermediate_size
         rows.append((layer.layer, f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}"))
-    count = f"{len(plan.layers)} of {len(shapes)} sparse layers {FORM_TEXTS[plan.form].done}; neurons of their MLPs:"
+    done = "changed" if plan.spread is not None else FORM_TEXTS[plan.form].done
+    count = f"{len(plan.layers)} of {len(shapes)} sparse layers {done}; neurons of their MLPs:"
     return f"{count}\n\n{format_table(['decoder layer', 'before', 'after', 'saved'], rows)}"
 
 
@@ -74,6 +77,14 @@ def origin(plan: CondensePlan) -> str:
     if plan.config:
         values = [f"{name}={value}" for name, value in plan.config.items() if value is not None]
         lines.append(f"Search: {', '.join(values)}.")
+    if plan.token_layers is not None:
+        lines.append(f"Work of the layer search: {plan.token_layers:,} token-layers.")
+    if plan.restricted:
+        cost = plan.restricted
+        lines.append(
+            f"Restricted to what can be exported: divergence {cost['divergence']:.3e}, against "
+            f"{cost['free_divergence']:.3e} for the free choice of decoder layers {cost['free_layers']}."
+        )
     if plan.calibration:
         lines.append(f"Calibration: {', '.join(f'{name}={value}' for name, value in plan.calibration.items())}.")
     return "\n".join(lines)
@@ -83,17 +94,19 @@ def truncate(arguments: Sequence[str]) -> None:
     """Write a plan that is cut to a smaller budget."""
     parser = PlainParser(
         "plan truncate",
-        "Cut a plan to fewer layers or experts. Orders are nested, so no search is needed.",
+        "Cut a plan to fewer layers or experts, or to a smaller size. No search is needed.",
         "plan truncate deepseek-moe-cd9 --num_layers 6 --output_file cd6.json",
     )
     parser.add_argument("plan", help=_PLAN)
     parser.add_argument("--num_layers", type=int, help="The plan's first layers to keep.")
     parser.add_argument("--num_experts", type=int, help="Experts to keep in each layer, at most.")
+    parser.add_argument("--target_size", help="Size of the model, for a plan that was searched for a size: 0.5, 24GB.")
     parser.add_argument("--output_file", required=True, help="JSON file to write.")
     args = parser.parse_args(arguments)
-    if args.num_layers is None and args.num_experts is None:
-        raise ValueError("`--num_layers` or `--num_experts` is needed: the budget to cut the plan to.")
-    plan = CondensePlan.load(args.plan).truncate(args.num_layers, args.num_experts)
+    if args.num_layers is None and args.num_experts is None and args.target_size is None:
+        raise ValueError("`--num_layers`, `--num_experts` or `--target_size` is needed: the budget to cut the plan to.")
+    target = None if args.target_size is None else read_share(args.target_size)
+    plan = CondensePlan.load(args.plan).truncate(args.num_layers, args.num_experts, target)
     plan.save(args.output_file)
     print(f"{plan_table(plan)}\nSaved to {args.output_file}.")
 

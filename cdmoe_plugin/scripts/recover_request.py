@@ -31,7 +31,8 @@ class RecoveryArguments:
     calibration: str | None = help_field("For a base model without a plan: data to search on; C4 if unset.")
     stages: str = help_field("Stages to run, in this order: lm,sft or one of them.", "lm,sft")
     lm_dataset: str | None = help_field(
-        "Hub name or local .json, .jsonl or .parquet file for the LM stage; C4 if unset."
+        "Data of the LM stage: a hub dataset (name:config@split), or a local .json, .jsonl, .parquet, .csv, .tsv or "
+        ".arrow file or folder; C4 if unset."
     )
     sft_dataset: str | None = help_field("The same for the SFT stage: commonsense170k, or any format that TRL knows.")
     lm_eval_dataset: str | None = help_field("Rows to measure the LM stage on; a part of `lm_dataset` if unset.")
@@ -140,7 +141,8 @@ def plan_of(args: RecoveryArguments, condense: Options) -> CondensePlan | None:
     """The plan that was given, cut to the budget that was given."""
     if args.plan is None:
         return None
-    return CondensePlan.load(args.plan).truncate(condense.get("num_layers"), condense.get("num_experts"))
+    budget = (condense.get(name) for name in ("num_layers", "num_experts", "target_size"))
+    return CondensePlan.load(args.plan).truncate(*budget)
 
 
 def identity(args: RecoveryArguments, training_args: Any, model_args: Any, condense: Options) -> Options:

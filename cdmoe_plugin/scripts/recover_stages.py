@@ -9,16 +9,19 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, release_memory
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from ..api import condense_pretrained
 from ..atomic import replacing_files
 from ..config import CondenseConfig, condense_arguments
+from ..loading.adapter_weights import plan_or_adapter
+from ..loading.processing import save_processing
 from ..model.training import quantised_around_condensed
 from ..recovery import CondensedSFTTrainer, Distillation, load_stage_data, load_teacher_blocks
 from ..recovery.data import StageData, check_tokenizer
 from ..recovery.stages import StageSummary, claim_output_dir, find_progress, finish, run_stage
+from ..tokenizing import required_tokenizer
 from .parsing import Parser, given_fields
 from .recover_request import (
     STAGES,
@@ -69,6 +72,7 @@ def make_parser() -> Parser:
     # The checkpoint's own dtype; what is trained is float32 all the same. With dropout, every process would drop other
     # values, and the result depend on how many there are. While one of them condenses a base model, the others wait.
     parser.set_defaults(dtype="auto", lora_dropout=0.0, ddp_timeout=4 * 3600)
+    parser.set_defaults(save_total_limit=2)  # each checkpoint is as large as the model with its optimiser
     return parser
 
 
@@ -98,7 +102,7 @@ def run(args: RecoveryArguments, training_args: Any, model_args: Any, condense: 
     state.print(describe(stages, args, training_args, model_args, condense, hub))
     if args.dry_run:
         return
-    data = load_data(stages, args, training_args, AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub))
+    data = load_data(stages, args, training_args, required_tokenizer(model_args.model_name_or_path, **hub))
     resume = training_args.resume_from_checkpoint
     claim_output_dir(output_dir, identity(args, training_args, model_args, condense), bool(resume))
     try:
@@ -155,7 +159,7 @@ def make_trainer(
         args=stage_arguments(stage, args, training_args),
         train_dataset=data.train,
         eval_dataset=data.held_out,
-        processing_class=AutoTokenizer.from_pretrained(start, **hub),
+        processing_class=required_tokenizer(start, **hub),
         peft_config=get_peft_config(model_args),
         distillation=open_teacher(model, args, training_args, model_args) if stage == "lm" else None,
     )
@@ -189,17 +193,18 @@ def start_checkpoint(
 
     state, plan, config = training_args.distributed_state, plan_of(args, condense), CondenseConfig(**condense)
     # A model that is split while it is trained may be too large for the device of each process.
-    together = plan is None and sharding(training_args) is None
-    together = together and 1 < state.num_processes <= -(-config.num_samples // config.batch_size)
+    together = (plan is None or config.refit is not None) and sharding(training_args) is None
+    samples = 100 if config.num_samples == "auto" else config.num_samples
+    together = together and 1 < state.num_processes <= -(-samples // config.batch_size)
     folder = Path(training_args.output_dir).absolute() / "condensed"
     is_there = broadcast_object_list([folder.exists()])[0]
     if not is_there and (together or state.is_main_process):
         if together:
-            state.print(f"{state.num_processes} processes share the search.")
+            state.print(f"{state.num_processes} processes share the {'search' if plan is None else 'refit'}.")
         model: Any = condense_pretrained(
             path,
             config if plan is None or config.refit else None,
-            plan=plan,
+            plan=plan_or_adapter(args.plan, plan),
             calibration=args.calibration,
             state_dir=folder.parent / "search",
             accelerator=state if together else None,
@@ -211,7 +216,7 @@ def start_checkpoint(
         if state.is_main_process:
             with replacing_files(folder) as part:
                 model.save_pretrained(part)
-                AutoTokenizer.from_pretrained(path, **hub).save_pretrained(part)
+                save_processing(path, part, **hub)
     state.wait_for_everyone()
     return str(folder), {**hub, "revision": "main"}  # the revision was the base model's
 

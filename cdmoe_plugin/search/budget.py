@@ -10,6 +10,7 @@ from ..condense.forms import FORMS
 from ..config import CondenseConfig
 from ..plan import CondensePlan
 from ..sizes import Unit, read_budget
+from .spread.forms import dense_widths
 
 # The expert search orders this many times the average number of experts per layer.
 _DEPTH = 3
@@ -85,17 +86,23 @@ class LayerBudget:
 def experts_per_layer(
     request: CondensePlan | CondenseConfig, layers: Sequence[int], blocks: Sequence[SparseBlock]
 ) -> dict[int, int]:
-    """Count the experts that each of these layers keeps. Before a search, assume that a budget is spent evenly."""
+    """Count the experts that each of these layers keeps, for single neurons those with as many.
+
+    Before a search, assume that a budget is spent evenly, and for a size the widest forms.
+    """
+    sizes = {block.layer: block for block in blocks}
     if isinstance(request, CondensePlan):
-        numbers = {row.layer: len(row.experts) for row in request.layers}
-        return {layer: numbers[layer] for layer in layers}
+        dense = {row.layer: row.dense_neurons(sizes[row.layer].intermediate_size) for row in request.layers}
+        return {layer: -(-dense[layer] // sizes[layer].intermediate_size) for layer in layers}
     if not FORMS[request.form].keeps_experts:
         return dict.fromkeys(layers, 0)
+    if request.target_size is not None:
+        return {i: -(-dense_widths(sizes[i], 0)[-1] // sizes[i].intermediate_size) for i in layers}
     budget = LayerBudget.of(request, blocks)
     if budget is not None:
         return budget.even(layers)
-    assert isinstance(request.num_experts, int)
-    return dict.fromkeys(layers, request.num_experts)
+    assert isinstance(request.dense_experts, int)
+    return dict.fromkeys(layers, request.dense_experts)
 
 
 def _cost(block: SparseBlock, unit: Unit) -> int:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from transformers.utils import logging
 
+from ..knapsack import allocate, estimated_effects
 from .budget import LayerBudget
 from .experts.data import ExpertOrder
-from .knapsack import allocate, estimated_effects
 from .layers.order import LayerOrder, scores_alone, scores_along
 from .layers.variants import ModelVariants
 

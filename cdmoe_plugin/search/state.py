@@ -17,7 +17,8 @@ from ..checks import is_int, read_real
 from ..config import CondenseConfig
 from ..offload import weight_of
 from ..plan import CondensedLayer
-from .processes import Processes
+from ..processes import Processes
+from ..spread import LayerCurves
 
 VERSION = 2
 FILE = "search_state.json"
@@ -118,13 +119,17 @@ def _checksum(fingerprint: dict[str, str], results: dict[str, Any]) -> str:
 
 
 def _check_result(name: str, result: Any, num_experts: Mapping[int, int]) -> None:
-    """Check one result: the experts of a layer, under the name "experts <layer>", or a divergence."""
+    """Check one result: "experts <layer>" or "curves <layer>", or a divergence."""
     kind, _, layer = name.partition(" ")
-    if kind != "experts":
+    if kind not in ("experts", "curves"):
         read_real(result, name)
         return
     if layer not in map(str, num_experts):
         raise ValueError(f"`{name}` is the result of a layer that is not searched")
+    if kind == "curves":
+        if LayerCurves.from_dict(result, name).num_experts != num_experts[int(layer)]:
+            raise ValueError(f"`{name}` is the result of a layer with another number of experts")
+        return
     # Version 0.1 counted no tokens.
     names = set(result) - {"tokens"} if isinstance(result, dict) else set()
     if names != {"experts", "scores", "gates"} or result["scores"] is None:

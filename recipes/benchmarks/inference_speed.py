@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import common
@@ -189,7 +190,9 @@ class Inference:
         """Return the forward pass of a model, compiled whole or not at all; for each experts implementation anew."""
         if (id(model), experts) not in self.steps:
             # A CUDA graph per step: without it, a GPU waits for Python.
-            options = {"mode": "reduce-overhead" if self.backend == "inductor" else None, "isolate_recompiles": True}
+            options: dict[str, Any] = {"mode": "reduce-overhead" if self.backend == "inductor" else None}
+            if "isolate_recompiles" in signature(torch.compile).parameters:  # not in torch 2.11
+                options["isolate_recompiles"] = True
             compiled = torch.compile(model.forward, backend=self.backend, fullgraph=True, dynamic=False, **options)
             self.steps[id(model), experts] = compiled
         return self.steps[id(model), experts]

@@ -8,6 +8,8 @@ and of the last alone at DeepSeekMoE-16B's real sizes, on a disk with room for t
 
 python recipes/benchmarks/memory.py --preset deepseek-moe-16b --folder FOLDER
 
+With `--weights fp8`, the checkpoint has DeepSeek-V3's blocks of FP8 numbers, which are dequantised while they are read.
+
 The checkpoint is random, written to a temporary folder and deleted at the end. Every way runs in a process of its own.
 Anonymous memory is what a process needs; its resident set also counts pages of mapped files, the weights of the layer
 in use, which the system may take back at any time. The memory of the program itself is measured on a tiny model.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -47,6 +50,7 @@ SMALL = {
     **{"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 704},
     **{"num_hidden_layers": 13, "n_routed_experts": 32},
 }
+BLOCK = 128  # of the FP8 weights that share a scale, in both dimensions
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"sizes": SMALL, "kept": 4, "ways": list(WAYS)},
     "deepseek-moe-16b": {"sizes": common.DEEPSEEK_MOE_16B, "kept": 6, "ways": ["layers"]},
@@ -58,6 +62,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_model_arguments(parser)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="small", help="sizes of the model and defaults of other options")
+    add("--weights", choices=["bfloat16", "fp8"], default="bfloat16", help="how weights are stored (bfloat16)")
     add("--ways", type=common.words, help=f"some of {','.join(WAYS)} (all; deepseek-moe-16b: layers)")
     add("--folder", type=Path, help="where to write the temporary checkpoints (the system's folder for such files)")
     add("--condensed", type=int, default=9, help="layers to condense")
@@ -72,7 +77,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_inputs(folder: Path, config: Any, args: argparse.Namespace) -> int:
-    """Write a random checkpoint in bfloat16, a plan and calibration data; return the bytes of the weights."""
+    """Write a random checkpoint, a plan and calibration data; return the bytes of the weights."""
     sketch = common.build_model(config, torch.device("meta"), torch.bfloat16)
     tensors = revert_weight_conversion(sketch, sketch.state_dict())
     # Random numbers for all weights would take long: each is cut from the same ones at a place of its own.
@@ -82,17 +87,21 @@ def write_inputs(folder: Path, config: Any, args: argparse.Namespace) -> int:
     for name in tensors:
         shards[name.split("layers.")[1].split(".")[0] if "layers." in name else "rest"].append(name)
     config.dtype = torch.bfloat16
+    if args.weights == "fp8":
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
     config.save_pretrained(folder)
-    drawn, weight_map = random.Random(0), {}
+    drawn, weight_map, total = random.Random(0), {}, 0
     for key, names in shards.items():
         shard = {}
         for name in names:
             shape, start = tensors[name].shape, drawn.randrange(2**20)
             shard[name] = torch.ones(shape, dtype=noise.dtype) if len(shape) == 1 else noise[start:][: shape.numel()]
             shard[name] = shard[name].view(shape).clone()
-            weight_map[name] = f"model-{key}.safetensors"
+            if args.weights == "fp8" and ("_proj." in name) and "layers." in name:
+                shard |= in_fp8(name, shard[name])
+        weight_map |= dict.fromkeys(shard, f"model-{key}.safetensors")
+        total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, folder / f"model-{key}.safetensors", {"format": "pt"})
-    total = sum(2 * tensor.numel() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     places = range(config.first_k_dense_replace, config.first_k_dense_replace + args.condensed)
@@ -102,6 +111,12 @@ def write_inputs(folder: Path, config: Any, args: argparse.Namespace) -> int:
     lines = [json.dumps({"input_ids": row}) + "\n" for row in rows]
     (folder / "calibration.jsonl").write_text("".join(lines), encoding="utf-8")
     return total
+
+
+def in_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a random weight as FP8 numbers with a scale per block."""
+    scales = torch.full([math.ceil(size / BLOCK) for size in weight.shape], 2.0**-8)
+    return {name: (weight * 2**8).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
 
 
 def bounds(config: Any, args: argparse.Namespace) -> dict[str, int]:

@@ -73,6 +73,6 @@ def run_commands(block: Block, name: str, environment: dict[str, str]) -> None:
     if not torch.accelerator.is_available():
         code = code.replace(*WITHOUT_GPU)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-euo", "pipefail", "-c", code], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, f"{name}, line {block.line}:\n{code}\n{done.stdout}\n{done.stderr}"

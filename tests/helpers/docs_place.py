@@ -10,7 +10,6 @@ import gzip
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ def make_place(folder: Path) -> None:
     texts = "".join(json.dumps(row) + "\n" for row in lm_rows(24))
     for name in ("my_texts.jsonl", "texts.jsonl"):
         (folder / name).write_text(texts)
+    pairs = [{"prompt": row["text"][:12], "chosen": "w1 w2", "rejected": "w3"} for row in lm_rows(8)]
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (folder / "commonsense_170k.json").write_text(json.dumps(sft_rows(24)))
     (folder / "allenai" / "c4" / "en").mkdir(parents=True)
     with gzip.open(folder / "allenai" / "c4" / "en" / "c4-train.00000-of-01024.json.gz", "wt") as c4:
@@ -130,9 +131,6 @@ def write_tasks(folder: Path) -> None:
 
 
 def link_checkout(folder: Path) -> None:
-    """Put a checkout's `recipes` beside the data, and `cdmoe` into `bin`, as an installation would."""
-    (folder / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
-    command = folder / "bin" / "cdmoe"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cdmoe_plugin "$@"\n')
-    command.chmod(0o755)
+    """Put a checkout's `recipes` and `examples` beside the data."""
+    for part in ("recipes", "examples"):
+        (folder / part).symlink_to(ROOT / part, target_is_directory=True)

@@ -32,9 +32,30 @@ EXACT: dict[str, tuple[list[int], ...]] = {
     "granitemoehybrid": ([0, 1, 2, 3],),
     "nemotron_h": ([1], [3], [5, 1], [1, 3, 5]),
 }
+# The dense siblings of fully condensed models; all others have none.
+DENSE = {
+    **dict.fromkeys(["aria_text", "deepseek", "solar_open"], "llama"),
+    **dict.fromkeys(["dots1", "hy_v3", "qwen3_moe"], "qwen3"),
+    **dict.fromkeys(["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4"], "youtu"),
+    **dict.fromkeys(["granitemoe", "granitemoeshared"], "granite"),
+    **{"cohere2_moe": "cohere2", "ernie4_5_moe": "ernie4_5", "flex_olmo": "olmo2", "granitemoe_swa": "granite_swa"},
+    **{"hunyuan_v1_moe": "hunyuan_v1_dense", "lfm2_moe": "lfm2", "mixtral": "mistral"},
+}
+# With the gate per token replaced by a constant.
+DENSE_GATED = {"qwen2_moe": "qwen2", "qwen3_5_moe_text": "qwen3_5_text"}
+# Fully condensed, these have no top-K form: a router that chooses by token ids, numbers of experts that are nested or
+# those of attention too, a forward pass without token ids.
+NOT_TOP_K = ["dbrx", "deepseek_v4", "jetmoe", "qwen3_omni_moe_talker_text"]
 GATED = ["qwen2_moe", "qwen3_next"]
 NEVER = [name for name in ARCHITECTURES if name not in EXACT and name not in GATED]
-CASES = [(name, layers) for name, sets in EXACT.items() for layers in sets if name == "deepseek" or available(name)]
+# The last two say what all do where any layers or the first ones may be dense, so most are tried with these alone.
+_ALL_SETS = ("deepseek_v3", "laguna", "lfm2_moe", "llama4_text", "qwen3_moe")
+CASES = [
+    (name, layers)
+    for name, sets in EXACT.items()
+    for layers in (sets[-2:] if sets in (ANY, PREFIX) and name not in _ALL_SETS else sets)
+    if name == "deepseek" or available(name)
+]
 
 
 def condensed(model_type: str, layers: list[int], **overrides: Any) -> PreTrainedModel:

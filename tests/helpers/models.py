@@ -24,6 +24,13 @@ from tests.helpers.tiny_models import (
 TYPES = [name for name in ARCHITECTURES if available(name)]
 
 
+# One of each quirk.
+QUIRKS = [
+    *("axk1", "cohere2_moe", "deepseek_v3", "ernie4_5_moe", "gemma4_text", "gpt_oss", "granitemoeshared", "jetmoe"),
+    *("llama4_text", "minimax_m3_vl_text", "mixtral", "nemotron_h", "qwen2_moe"),
+]
+
+
 SEARCHABLE = [name for name in TYPES if not ARCHITECTURES[name].inputs_embeds]
 
 
@@ -78,13 +85,17 @@ def output(model: PreTrainedModel) -> Tensor:
 def uniform_sparse(model_type: str, **overrides: Any) -> PreTrainedModel:
     """A model whose routers give every expert the same constant weight, and choose all (also by token ids)."""
     count = 2 if model_type == "phimoe" else 4  # its router always takes two, with weights 0.5 and 1
-    model = tiny_model(model_type, num_experts=count, top_k=count, **overrides)
+    return make_uniform(tiny_model(model_type, num_experts=count, top_k=count, **overrides))
+
+
+def make_uniform(model: PreTrainedModel) -> PreTrainedModel:
+    """Set the routers of a model that choose all experts to zero."""
     for block in find_sparse_blocks(model):
         for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
             if name.startswith(("gate.", "router.")) or name.endswith(("expert_bias", "correction_bias")):
                 tensor.data.zero_()
             if name.endswith("tid2eid"):
-                tensor.copy_(torch.arange(count).expand_as(tensor))
+                tensor.copy_(torch.arange(block.num_experts).expand_as(tensor))
         for module in block.modules[1:]:  # gemma4's router, of the decoder layer; a scale per expert stays
             if hasattr(module, "proj"):
                 module.proj.weight.data.zero_()

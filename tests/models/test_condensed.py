@@ -19,6 +19,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 
 from cdmoe_plugin import (
     CondenseConfig,
+    CondensedLayer,
     CondensePlan,
     apply_plan,
     condense_pretrained,
@@ -29,11 +30,11 @@ from cdmoe_plugin import (
 from cdmoe_plugin.blocks import find_sparse_blocks, hidden_of
 from cdmoe_plugin.condense.fold import fold
 from tests.helpers.checkpoints import Reads, experts_read, in_layer, keys_on_disk
-from tests.helpers.models import FOLDS, FROM_DISK, IDS, SEARCHABLE, output, sparse_model, uniform
+from tests.helpers.models import FOLDS, FROM_DISK, IDS, QUIRKS, SEARCHABLE, output, sparse_model, uniform
 from tests.helpers.naive import naive_block, naive_glus
 from tests.helpers.plans import some_plan
 from tests.helpers.states import differing, state
-from tests.helpers.tiny_models import ARCHITECTURES, random_ids, tiny_model
+from tests.helpers.tiny_models import ARCHITECTURES, available, random_ids, tiny_model
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), FOLDS)
@@ -71,27 +72,13 @@ def test_fold_rounds_once() -> None:
 
 
 @pytest.mark.parametrize("model_type", SEARCHABLE)
-def test_uniform_router_is_condensed_exactly(model_type: str) -> None:
+def test_uniform_router_is_condensed_exactly_and_saved(model_type: str, tmp_path: Path) -> None:
     model, plan, before = uniform(model_type)
     assert (output(model) - before).abs().max() < 1e-5 * before.abs().max()
     for row in plan.layers:
         assert abs(row.score) < 1e-7
         assert abs(row.expert_scores[-1]) < 1e-3 * row.expert_scores[0]
 
-
-@pytest.mark.parametrize("model_type", SEARCHABLE)
-def test_search_in_bfloat16(model_type: str) -> None:
-    if model_type == "deepseek_v4" and transformers.__version__.startswith("5.17."):
-        pytest.skip("there, deepseek_v4 itself does not run in bfloat16")
-    half = tiny_model(model_type, dtype=torch.bfloat16)
-    config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
-    found, expected = (search_plan(m, config, calibration=IDS).layers[0] for m in (half, copy.deepcopy(half).float()))
-    assert found.expert_scores == pytest.approx(expected.expert_scores, rel=0.4)  # some tokens go elsewhere
-
-
-@pytest.mark.parametrize("model_type", SEARCHABLE)
-def test_save_and_open(model_type: str, tmp_path: Path) -> None:
-    model, plan, _ = uniform(model_type)
     model.save_pretrained(tmp_path)
     arch = ARCHITECTURES[model_type]
     auto = AutoModelForCausalLM if arch.causal_lm else AutoModel
@@ -103,6 +90,16 @@ def test_save_and_open(model_type: str, tmp_path: Path) -> None:
     # In memory of its own: where a file is mapped, weights lie unaligned, and some kernels round by that.
     assert torch.equal(output(copy.deepcopy(again)), output(model))
     assert again.condense_plan == CondensePlan.load(tmp_path) == plan
+
+
+@pytest.mark.parametrize("model_type", [*QUIRKS, *filter(available, ["deepseek_v4", "qwen4_exp_text", "hy_v4"])])
+def test_search_in_bfloat16(model_type: str) -> None:
+    if model_type == "deepseek_v4" and transformers.__version__.startswith("5.17."):
+        pytest.skip("there, deepseek_v4 itself does not run in bfloat16")
+    half = tiny_model(model_type, dtype=torch.bfloat16)
+    config = CondenseConfig(layers=list(ARCHITECTURES[model_type].sparse_layers[-1:]), num_experts=1)
+    found, expected = (search_plan(m, config, calibration=IDS).layers[0] for m in (half, copy.deepcopy(half).float()))
+    assert found.expert_scores == pytest.approx(expected.expert_scores, rel=0.4)  # some tokens go elsewhere
 
 
 @pytest.mark.parametrize("model_type", FROM_DISK)
@@ -238,6 +235,22 @@ def test_adapters_on_condensed_layers() -> None:
     names = condensed_module_names(model)
     assert names == [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 10) for part in ("gate", "up", "down")]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
+    assert condensed_module_names(adapted) == names
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM is not condensed"):
+        condensed_module_names(get_peft_model(tiny_model("qwen2_moe"), LoraConfig(target_modules=["q_proj"])))
     changed = train(adapted.train(), steps=2)
     weights = ("lora_A.default.weight", "lora_B.default.weight")
     assert changed == sorted(f"base_model.model.{name}.{weight}" for name in names for weight in weights)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])  # experts stored one by one, and together
+@pytest.mark.parametrize("offload", [False, True])
+def test_all_experts_in_another_order(model_type: str, offload: bool, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path / "sparse")
+    count = find_sparse_blocks(model)[0].num_experts
+    order = [*range(1, count), 0]
+    plan = CondensePlan([CondensedLayer(1, order, [0.1 * (1 + expert) for expert in order])])
+    place = {"offload_folder": str(tmp_path / "offload")} if offload else {}
+    read = condense_pretrained(tmp_path / "sparse", plan=plan, **place)
+    torch.testing.assert_close(output(read), output(apply_plan(model, plan)))

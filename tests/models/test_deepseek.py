@@ -1,7 +1,6 @@
 """DeepSeekMoE against a naive float64 computation, from checkpoints in the original layout."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +229,8 @@ def test_config():
 def test_copy_beside_weights_opens_as_custom_code(tmp_path, monkeypatch):
     folder = tmp_path / "with_code"
     write_checkpoint(folder, auto_map={"AutoConfig": "modeling_deepseek.DeepseekConfig"})
-    for file in modeling_files(condensed_model_class(deepseek.DeepseekForCausalLM)):
-        shutil.copy(file, folder)
+    for name, text in modeling_files(condensed_model_class(deepseek.DeepseekForCausalLM)).items():
+        (folder / name).write_bytes(text)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     get_class = dynamic_module_utils.get_class_from_dynamic_module
     model = get_class("modeling_deepseek.DeepseekForCausalLM", folder).from_pretrained(folder)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn import functional as F
 
-from cdmoe_plugin import CondensePlan, apply_plan, condensed_module_names, unfreeze_condensed
+from cdmoe_plugin import CondenseAdapterConfig, CondensePlan, apply_plan, condensed_module_names, unfreeze_condensed
 from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.model.lookup import condensed_layers
 from cdmoe_plugin.recovery import Distillation, condensed_parameters, load_teacher_blocks
@@ -132,6 +133,27 @@ def test_share_of_distillation_in_the_loss(tmp_path: Path) -> None:
 
     plain, only, some = first_loss(None), first_loss(1.0), first_loss(0.25)
     assert some == pytest.approx(0.75 * plain + 0.25 * only, rel=1e-3)
+
+
+def test_as_with_a_condense_adapter() -> None:
+    """An adapter that is switched off is the same teacher in the same memory: see `recovery/distillation.py`."""
+    sparse, student, blocks = pair("qwen2_moe", [1, 3])
+    model = get_peft_model(sparse, CondenseAdapterConfig(plan=some_plan([1, 3])))
+    numel = sum(p.numel() for p in model.parameters())
+    assert numel == sum(p.numel() for part in (student, *(b.module for b in blocks)) for p in part.parameters())
+    with torch.no_grad(), model.disable_adapter():
+        teacher = model(input_ids=IDS).logits[PREDICTS].log_softmax(-1)
+    loss = F.kl_div(model(input_ids=IDS).logits[PREDICTS].log_softmax(-1), teacher, reduction="sum", log_target=True)
+    loss.backward()
+    unfreeze_condensed(student)
+    measured = measure(Distillation(student, blocks, "logits"), student)
+    measured.backward()
+    torch.testing.assert_close(measured, loss)
+    found, expected = (
+        {name.replace("base_model.model.", "").replace(".cdmoe_mlp.default", ""): p.grad for name, p in named}
+        for named in ([(n, p) for n, p in m.named_parameters() if p.requires_grad] for m in (student, model))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_teacher_of_a_model_with_lora() -> None:

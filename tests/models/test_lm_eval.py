@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from cdmoe_plugin import CondensePlan, apply_plan, condensed_module_names
+from cdmoe_plugin import CondenseAdapterConfig, CondensePlan, apply_plan, condensed_module_names
 from cdmoe_plugin.integrations.lm_eval_model import CDMoELM
 from cdmoe_plugin.integrations.measure import generation_speed, peak_memory, weight_bytes
 from tests.helpers.lm_eval_cases import ROWS, TASKS, Case, answers, evaluate, make_case
@@ -76,8 +77,6 @@ def test_a_base_model_alone_is_evaluated_as_it_is(case: Case, by_hf: dict[str, A
 
 
 def test_arguments_of_hf_work_with_a_plan(case: Case, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
     model = AutoModelForCausalLM.from_pretrained(case.condensed)
     adapter = get_peft_model(model, LoraConfig(target_modules=condensed_module_names(model), init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "adapter")
@@ -92,6 +91,28 @@ def test_arguments_of_hf_work_with_a_plan(case: Case, tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16
     sparse = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.bfloat16)
     assert differing(apply_plan(sparse, case.plan).state_dict(), half.state_dict()) == []
+
+
+def test_a_condense_adapter(case: Case, by_hf: dict[str, Any], tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(case.base)
+    adapter = get_peft_model(base, CondenseAdapterConfig(plan=case.plan, task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "folded")
+    results = evaluate(case, "cdmoe", pretrained=case.base, peft=tmp_path / "folded")
+    assert answers(results) == by_hf
+    assert results["config"]["condensed_layers"] == sorted(layer.layer for layer in case.plan.layers)
+
+    for parameter in adapter.parameters():
+        parameter.data *= 1.5 if parameter.requires_grad else 1.0
+    adapter.save_pretrained(tmp_path / "trained")
+    lm = opened(pretrained=str(case.base), peft=str(tmp_path / "trained"))
+    with torch.no_grad():
+        wanted = adapter(torch.arange(3, 27).reshape(2, 12)).logits
+    assert torch.equal(outputs(lm), wanted)
+    small = opened(pretrained=str(case.base), plan=str(tmp_path / "trained"))
+    assert type(small.model).__name__ == "CDMoEQwen2MoeForCausalLM"
+    assert torch.equal(outputs(small), wanted)
+    with pytest.raises(ValueError, match="weights for its whole plan, which `num_layers`"):
+        opened(pretrained=str(case.base), plan=str(tmp_path / "trained"), num_layers=1)
 
 
 def test_a_delta_is_added_before_condensing(case: Case, tmp_path: Path) -> None:

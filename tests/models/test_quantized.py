@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
+from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.model import bitsandbytes
 from cdmoe_plugin.model.lookup import condensed_layers
 from tests.helpers.quantized import (
@@ -34,8 +35,10 @@ from tests.helpers.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("num_experts", "num_layers"), [(2, 2), (0, None)])
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek", "mixtral", "olmoe"])
+@pytest.mark.parametrize(
+    ("model_type", "num_experts", "num_layers"),
+    [("qwen2_moe", 2, 2), ("deepseek", 2, 2), ("mixtral", 2, 2), ("qwen2_moe", 0, None), ("olmoe", 0, None)],
+)
 def test_output(model_type: str, num_experts: int, num_layers: int | None, kind: str, tmp_path: Path) -> None:
     full = checkpoint(tmp_path, model_type, num_experts, num_layers)
     model = open_in(tmp_path, kind)
@@ -89,6 +92,24 @@ def test_what_is_quantised(kind: str, tmp_path: Path) -> None:
         assert after[f"model.layers.3.mlp.{name}"].dtype == torch.float32
     skipped = open_in(tmp_path, kind, llm_int8_skip_modules=["model.layers.1.mlp", "lm_head"])
     assert set(quantised(model)) - set(quantised(skipped)) == {name for name in condensed if ".1.mlp" in name}
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("qwen2_moe", "nf4"), ("mixtral", "int8")])
+def test_mixed_layers(model_type: str, kind: str, tmp_path: Path) -> None:
+    """Dense neurons are quantised, beside experts as they are in the sparse model."""
+    full = tiny_model(model_type, **WIDE)
+    layers = [block.layer for block in find_sparse_blocks(full)]
+    plan = CondensePlan([CondensedLayer(i, [0], [0.5], routed=[1, 3, 4, 6]) for i in layers])
+    apply_plan(full, plan).save_pretrained(tmp_path)
+    model = open_in(tmp_path, kind)
+    found = quantised(model)
+    dense = condensed_layers(model)
+    assert all(mlp.up_proj in found.values() for mlp in dense.values())
+    assert len(dense) == len(layers)
+    assert distance(logits(model), logits(full)) < (0.08 if kind == "int8" else 0.7)
+    assert distance(logits(with_weights_by_hand(tmp_path, model)), logits(model)) < (0.08 if kind == "int8" else 1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.condense.refit.ridge import STRENGTHS
+from cdmoe_plugin.condense.refit.states import HiddenStates
 from cdmoe_plugin.model.lookup import condensed_layers
 from tests.helpers.models import sparse_model, uniform
 from tests.helpers.naive import naive_glus
 from tests.helpers.plans import some_plan
 from tests.helpers.states import differing, state
-from tests.helpers.tiny_models import available, tiny_model
+from tests.helpers.tiny_models import ARCHITECTURES, available, tiny_model
 
 # Of equal length, so that their order is known: the 5th, 10th, ... are held out.
 IDS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0)).tolist()
@@ -197,7 +198,7 @@ def test_search_and_refit_in_one_call(tmp_path: Path) -> None:
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert differing(state(one), state(opened)) == []
     noted = opened.config.condense_config
-    assert (noted["refit"], noted["refit_target"], noted["refit_steps"]) == ("down_proj", "model", 300)
+    assert (noted["refit"], noted["refit_target"], noted["refit_steps"]) == ("down_proj", "model", 600)
     assert set(noted["refit_errors"]) == {str(layer.layer) for layer in plan.layers}
     # Without calibration data nothing is fitted, and the config says so.
     plain = condense_pretrained(tmp_path / "base", plan=plan)
@@ -224,3 +225,51 @@ def test_bad_requests_change_nothing(config: dict[str, Any], calibration: Any, m
         condense_pretrained(model, CondenseConfig(num_layers=1, num_experts=1, **config), calibration=calibration)
     assert type(model).__name__ == "Qwen2MoeForCausalLM"
     assert differing(before, state(model)) == []
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name in ("hy_v4", "glm_moe_dsa", "jamba", "dots3_note_text") if available(name)]
+)
+def test_hidden_states_on_disk(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers may pass on more than hidden states, and files of a refit do not outlive it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sparse = tiny_model(model_type)
+    layers = ARCHITECTURES[model_type].sparse_layers[:2]
+    one, other = (refitted(copy.deepcopy(sparse), list(layers), cache_memory=memory) for memory in ("1GB", "0KB"))
+    assert differing(state(one), state(other)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_beyond_some_memory_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    draw = lambda: (torch.randn(2, 3).T, None, {"more": [torch.arange(4), "text"]})  # noqa: E731
+    expected = [draw() for _ in range(4)]
+    size = 24 + 32
+    states = HiddenStates(expected, 2 * size)
+    files = lambda: len(list(tmp_path.glob("*/*.safetensors")))  # noqa: E731
+    assert (len(states), files()) == (4, 2)
+    for batch in range(4):
+        taken = states[batch]
+        expected[batch] = (taken[0] + 1, None, {"more": [taken[2]["more"][0], "text"]})
+        states[batch] = expected[batch]
+    assert files() == 2
+    for mine, other in zip(states, expected, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert mine[1] is None
+        assert torch.equal(mine[2]["more"][0], other[2]["more"][0])
+        assert mine[2]["more"][1] == "text"
+    del states
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_tokens_for_the_width(caplog: pytest.LogCaptureFixture) -> None:
+    sparse = sparse_model("qwen2_moe")
+    refitted(copy.deepcopy(sparse), [1], IDS[:13])
+    # Widths of 24 shared neurons and three experts of 16; 13 samples of 24 tokens. The same warning comes only once.
+    assert "72 neurons to 312 calibration tokens, 4.3 for each neuron: use at least 2,160" in caplog.text
+    caplog.clear()
+    search_plan(sparse, CondenseConfig(num_layers=1, num_experts=2, refit="down_proj"), calibration=IDS[:11])
+    assert "56 neurons to 264 calibration tokens, 4.7 for each neuron: use at least 1,680" in caplog.text
+    caplog.clear()
+    refitted(copy.deepcopy(sparse), [1], MANY)
+    assert "neurons to" not in caplog.text

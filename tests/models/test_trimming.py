@@ -122,7 +122,8 @@ def test_named_layers_need_no_data(tmp_path: Path) -> None:
 
 
 def test_every_form_of_a_config_is_known() -> None:
-    assert list(FORMS_BY_NAME) == FORMS == list(CONFIG_FORMS)
+    assert list(FORMS_BY_NAME) == list(CONFIG_FORMS)
+    assert set(FORMS) < set(CONFIG_FORMS)
 
 
 def test_unknown_forms() -> None:
@@ -262,7 +263,7 @@ def test_edited_trimmed_checkpoints(tmp_path: Path) -> None:
         edited = copy.deepcopy(config)
         edited["condense_config"]["condensed_layers"]["2"]["form"] = form
         (tmp_path / "config.json").write_text(json.dumps(edited))
-        with pytest.raises(ValueError, match="can't be understood for decoder layer 2"):
+        with pytest.raises(ValueError, match="for decoder layer 2"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     extra = {**weights, "model.layers.2.mlp.gate_proj.weight": torch.ones(3, 32)}

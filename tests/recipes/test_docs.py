@@ -5,10 +5,8 @@ How they are run is in docs_pages.py, what they start from in docs_place.py.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from cdmoe_plugin.estimate import dry_run
 from tests.helpers.docs_pages import EXEMPT, FENCE, PAGES, blocks_of, run_page
 from tests.helpers.docs_place import link_checkout, make_place, write_condensed
 from tests.helpers.lm_eval_cases import ROOT
+from tests.helpers.programs import Programs
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +28,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environment(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def environment(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: Programs) -> dict[str, str]:
     """A working directory as the pages expect it, and what programs started there should know."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     link_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HOME": str(tmp_path / "hf-home"),  # also keeps the settings of accelerate on this machine out
-        "HF_DATASETS_CACHE": str(tmp_path / "hf-home" / "datasets"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    return programs.environment
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from cdmoe_plugin import CondensePlan, apply_plan
 from cdmoe_plugin.recovery import condensed_parameters
 from tests.helpers.models import build
 from tests.helpers.plans import some_plan
+from tests.helpers.programs import Programs
 from tests.helpers.recovery import RECIPES, lm_then_sft, run, word_tokenizer, write_data
 from tests.helpers.states import differing, state
 from tests.helpers.tiny_models import tiny_model
@@ -30,7 +30,6 @@ __all__ = ["lm_then_sft"]  # a fixture
 
 RECIPE = RECIPES / "lm_then_sft.py"
 COMMON = ["--use_cpu", "--bf16=false", "--max_length=32", "--learning_rate=1e-2", "--report_to=none"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(place: Path, output: Path, *more: object, model: str = "condensed", batch: int = 4) -> list[str]:
     data = ["--lm_dataset", place / "lm.jsonl", "--sft_dataset", place / "sft.json", "--num_held_out", 6]
     given = ["--model_name_or_path", place / model, "--output_dir", output, "--per_device_train_batch_size", batch]
-    return [str(each) for each in (*given, *data, *COMMON, "--disable_tqdm=true", *more)]
+    kept = ["--save_total_limit", 10]  # the tests go back to earlier checkpoints than the two that are kept by default
+    return [str(each) for each in (*given, *data, *COMMON, "--disable_tqdm=true", *kept, *more)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,9 +100,9 @@ def test_card_tells_of_the_recovery(whole: Path) -> None:
     assert f"{summary['held_out_after']:.4f}" in card
 
 
-def kill_when(path: Path, args: list[str]) -> None:
+def kill_when(path: Path, args: list[str], programs: Programs) -> None:
     """Runs the recipe until a file is there, and kills it."""
-    process = subprocess.Popen([sys.executable, RECIPE, *args], env=ENVIRONMENT, start_new_session=True)
+    process = subprocess.Popen([programs.python, RECIPE, *args], env=programs.environment, start_new_session=True)
     end = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -112,10 +112,12 @@ def kill_when(path: Path, args: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType) -> None:
+def test_killed_and_resumed(
+    whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType, programs: Programs
+) -> None:
     args = arguments(place, tmp_path / "out", "--save_steps", 2, "--resume_from_checkpoint", "true")
-    kill_when(tmp_path / "out" / "lm" / "checkpoint-4" / "trainer_state.json", args)
-    kill_when(tmp_path / "out" / "sft" / "checkpoint-2" / "trainer_state.json", args)
+    kill_when(tmp_path / "out" / "lm" / "checkpoint-4" / "trainer_state.json", args, programs)
+    kill_when(tmp_path / "out" / "sft" / "checkpoint-2" / "trainer_state.json", args, programs)
     run(lm_then_sft, args)
     assert differing(weights(whole), weights(tmp_path / "out")) == []
     for stage in ("lm", "sft"):
@@ -142,7 +144,7 @@ def test_resumed_from_a_checkpoint_by_name(whole: Path, place: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("searched", [False, True])
 def test_two_processes_give_what_one_gives(
-    searched: bool, whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType
+    searched: bool, whole: Path, place: Path, tmp_path: Path, lm_then_sft: ModuleType, programs: Programs
 ) -> None:
     """A condensed checkpoint through both stages; or a base model, whose search they share, with itself as teacher."""
     one, more, stages = whole, [], ["lm", "sft"]
@@ -153,12 +155,11 @@ def test_two_processes_give_what_one_gives(
     model = "sparse" if searched else "condensed"
     if searched:
         run(lm_then_sft, arguments(place, one, *more, model=model))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [programs.python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     args = arguments(place, tmp_path / "two", *more, "--log_level", "info", model=model, batch=2)
-    result = subprocess.run(
-        [*launch, RECIPE, *args], env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True
-    )
+    environment = {**programs.environment, "ACCELERATE_USE_CPU": "1"}
+    result = subprocess.run([*launch, RECIPE, *args], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 processes" in result.stdout
     assert result.stdout.count("Saved to") == 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from cdmoe_plugin.scripts.parsing import CONFIGS
+from tests.helpers.programs import Programs
 from tests.helpers.recovery import RECIPES, condensed_model, lm_then_sft, run, word_tokenizer, write_data
 
 __all__ = ["lm_then_sft"]  # a fixture
@@ -87,23 +86,16 @@ def test_launch_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run_under_a_launch_config(tmp_path: Path) -> None:
+def test_dry_run_under_a_launch_config(tmp_path: Path, programs: Programs) -> None:
     write_data(tmp_path)
     condensed_model().save_pretrained(tmp_path / "condensed")
     word_tokenizer().save_pretrained(tmp_path / "condensed")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "fsdp.yaml"]
-    launch += [
-        "--num_processes",
-        "2",
-        "--mixed_precision",
-        "no",
-        "--main_process_port",
-        "0",
-        RECIPES / "lm_then_sft.py",
-    ]
+    launch = [programs.python, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
+    launch += ["--config_file", RECIPES / "accelerate" / "fsdp.yaml", "--main_process_port", "0"]
+    launch += [RECIPES / "lm_then_sft.py"]
     args = ["--model_name_or_path", tmp_path / "condensed", "--lm_dataset", tmp_path / "lm.jsonl", "--dry_run"]
     args += ["--sft_dataset", tmp_path / "sft.json", "--output_dir", tmp_path / "out", "--use_cpu", "--bf16", "false"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**programs.environment, "ACCELERATE_USE_CPU": "1"}
     result = subprocess.run([str(p) for p in (*launch, *args)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 processes (FSDP) on cpu, 16 sequences per step." in result.stdout

@@ -185,10 +185,15 @@ def test_search_speed(bench: Any, capsys: pytest.CaptureFixture[str], monkeypatc
     bench.search_speed.main(["--preset=deepseek-moe-16b", *tiny])
     text = capsys.readouterr().out
     assert "4 layers, 8 experts, hidden 32, 64 tokens, K = 6, 2 layers condensed" in text
-    assert list(read_table(text, "time")) == ["expert search", "layer search"]
+    searches = ["expert search", "layer search, race", "layer search, full"]
+    assert list(read_table(text, "time")) == searches
     # The small preset runs the naive searches, too, and compares what they choose.
     bench.search_speed.main(["--kept=2", *tiny])
-    assert list(read_table(capsys.readouterr().out, "ratio")) == ["expert search", "layer search"]
+    assert list(read_table(capsys.readouterr().out, "ratio")) == searches
+    bench.search_speed.main(["--preset=layers", *tiny, "--tokens=320"])
+    work = read_table(capsys.readouterr().out, "token-layers")
+    race, full = (int(work[name].replace(",", "")) for name in searches[1:])
+    assert race <= full in (320 * 19, 320 * 20)  # 4, 9 and 6 or 7 layers
     monkeypatch.setattr(bench.search_speed, "search_plan", None)  # the mistake is found before any search
     with pytest.raises(ValueError, match="`num_layers` is 4, but the model has 3 sparse layers"):
         bench.search_speed.main([*tiny, "--condensed=4"])
@@ -196,11 +201,16 @@ def test_search_speed(bench: Any, capsys: pytest.CaptureFixture[str], monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_every_way(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_opening(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the search, layer by layer, in tests/models/test_offload.py."""
     sizes = ["--hidden_size=128", "--num_layers=4", "--experts=16", "--condensed=2", "--kept=2", "--samples=2"]
-    bench.memory.main([*sizes, "--length=16", f"--folder={tmp_path}", f"--json={tmp_path / 'memory.json'}"])
+    bench.memory.main(
+        [*sizes, "--length=16", "--ways=sparse,plan", f"--folder={tmp_path}", f"--json={tmp_path / 'memory.json'}"]
+    )
     found = json.loads((tmp_path / "memory.json").read_text())
-    assert list(read_table(capsys.readouterr().out, "anonymous memory")) == list(bench.memory.WAYS.values())
+    assert list(read_table(capsys.readouterr().out, "anonymous memory")) == [
+        bench.memory.WAYS[way] for way in ("sparse", "plan")
+    ]
     config = bench.common.deepseek_config(bench.memory.SMALL, 128, 4, 16)
     model = bench.common.build_model(config, torch.device("meta"), torch.bfloat16)
     assert found["checkpoint"] == 2 * model.num_parameters()

@@ -1,4 +1,7 @@
-"""Every command of `cdmoe` in processes of its own, from a folder outside the checkout, on a tiny model."""
+"""Every command of `cdmoe` in processes of its own, from a folder outside the checkout, on a tiny model.
+
+A search and what happens at Ctrl-C start a real Python, the others a fork (tests/helpers/programs.py).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from cdmoe_plugin import CondensePlan
 from tests.helpers.lm_eval_cases import ROOT, TASKS, make_case
+from tests.helpers.programs import Programs
 from tests.helpers.recovery import lm_rows, write_data
 
 pytestmark = pytest.mark.slow
@@ -38,71 +42,72 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(place: Path, words: str, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cdmoe_plugin", *words.split()]
+def start(place: Path, words: str, programs: Programs | None = None, **env: str) -> subprocess.Popen[str]:
+    python, environment = (sys.executable, ENVIRONMENT) if programs is None else (programs.python, programs.environment)
+    command = [python, "-m", "cdmoe_plugin", *words.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=place, env={**ENVIRONMENT, **env}, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=place, env={**environment, **env}, start_new_session=True, **pipes)
 
 
-def run(place: Path, words: str, code: int = 0, **env: str) -> tuple[str, str]:
+def run(place: Path, words: str, programs: Programs | None = None, code: int = 0, **env: str) -> tuple[str, str]:
     """What a command prints to both streams."""
-    process = start(place, words, **env)
+    process = start(place, words, programs, **env)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err[-3000:]
     return out, err
 
 
-def test_condense_and_plan(place: Path) -> None:
-    estimated, _ = run(place, "estimate --model_name_or_path base --num_layers 2 --num_experts 2")
+def test_condense_and_plan(place: Path, programs: Programs) -> None:
+    estimated, _ = run(place, "estimate --model_name_or_path base --num_layers 2 --num_experts 2", programs)
     out, _ = run(place, f"condense {SEARCH} --output_dir cd2")
     model = AutoModelForCausalLM.from_pretrained(place / "cd2")
     assert f"Saved to cd2: {model.num_parameters():,} parameters." in out
     assert f"{model.num_parameters():,}" in estimated
-    shown, _ = run(place, "plan show cd2")
+    shown, _ = run(place, "plan show cd2", programs)
     assert out.splitlines()[0] in shown
-    run(place, "plan truncate cd2 --num_layers 1 --output_file cd1.json")
+    run(place, "plan truncate cd2 --num_layers 1 --output_file cd1.json", programs)
     assert CondensePlan.load(place / "cd1.json") == CondensePlan.load(place / "cd2").truncate(num_layers=1)
-    compared, _ = run(place, "plan compare cd2 cd1.json")
+    compared, _ = run(place, "plan compare cd2 cd1.json", programs)
     assert "the first 1 are the same" in compared
 
 
-def test_export(place: Path) -> None:
-    _, err = run(place, "export condensed --output_dir stock", code=2)
+def test_export(place: Path, programs: Programs) -> None:
+    _, err = run(place, "export condensed --output_dir stock", programs, code=2)
     assert err.splitlines()[-1].startswith("cdmoe export: error: The decoder layers")
-    run(place, "export condensed --output_dir stock --approximate --calibration texts.jsonl --num_samples 4")
+    run(place, "export condensed --output_dir stock --approximate --calibration texts.jsonl --num_samples 4", programs)
     assert type(AutoModelForCausalLM.from_pretrained(place / "stock")).__name__ == "Qwen2MoeForCausalLM"
 
 
-def test_evaluate(place: Path) -> None:
+def test_evaluate(place: Path, programs: Programs) -> None:
     tasks = f"--tasks {','.join(TASKS)} --include_path tasks"
-    out, _ = run(place, f"evaluate --model_args pretrained=condensed {tasks}", CDMOE_NO_LM_EVAL_HOOK="1")
+    out, _ = run(place, f"evaluate --model_args pretrained=condensed {tasks}", programs)
     assert all(task in out for task in TASKS)
-    out, _ = run(place, "evaluate --help")
+    out, _ = run(place, "evaluate --help", programs)
     assert "cdmoe evaluate --model_args pretrained=" in out
     assert "--num_fewshot" in out
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_recover(processes: int, place: Path) -> None:
+def test_recover(processes: int, place: Path, programs: Programs) -> None:
     launch = TWO if processes == 2 else "--num_processes 1"
     env = {"ACCELERATE_USE_CPU": "1"}
     output = f"recovered{processes}"
-    out, _ = run(place, f"recover {launch} {RECOVER} --max_steps 2 --output_dir {output}", **env)
+    out, _ = run(place, f"recover {launch} {RECOVER} --max_steps 2 --output_dir {output}", programs, **env)
     assert f"{processes} processes" in out
     assert out.count(f"Saved to {output}.") == 1
     assert type(AutoModelForCausalLM.from_pretrained(place / output)).__name__ == "CDMoEQwen2MoeForCausalLM"
     # The same again is a mistake that only the main process sees.
-    _, err = run(place, f"recover {launch} {RECOVER} --max_steps 2 --output_dir {output}", code=2, **env)
+    _, err = run(place, f"recover {launch} {RECOVER} --max_steps 2 --output_dir {output}", programs, code=2, **env)
     assert "Traceback" not in err
     assert err.count("error: ") == 1
     assert err.splitlines()[-1].startswith(f"cdmoe recover: error: `--output_dir` {output} is not an empty folder")
 
 
-def test_a_mistake_under_accelerate_launch(place: Path) -> None:
+def test_a_mistake_under_accelerate_launch(place: Path, programs: Programs) -> None:
     """accelerate adds what it has to say; the recipe itself says one line."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [programs.python, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     recipe = [str(ROOT / "recipes" / "lm_then_sft.py"), *RECOVER.split(), "--max_step", "2"]
-    env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "1"}
+    env = {**programs.environment, "ACCELERATE_USE_CPU": "1"}
     command = [*launch, *TWO.split(), "--dynamo_backend", "no", *recipe]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode != 0
@@ -115,8 +120,8 @@ def test_interrupted(command: str, place: Path, tmp_path: Path) -> None:
     words, begun, kept = {
         "condense": (
             f"{SEARCH} --refit distill --refit_steps 1000000 --state_dir {tmp_path / 'state'}",
-            tmp_path / "state" / "search_state.json",
-            f"results so far are in {tmp_path / 'state'}; the same command goes on from there.",
+            tmp_path / "state" / "condense_plan.json",
+            f"its plan is in {tmp_path / 'state'}; the same command only condenses and saves.",
         ),
         "recover": (
             f"{RECOVER} --save_steps 1 --num_train_epochs 1000",

@@ -109,7 +109,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     for name in NAMES:
         model = DeepseekForCausalLM(DeepseekConfig(**sizes)).eval() if name == "deepseek" else tiny_model(name)
-        config = CondenseConfig(layers=[1, 2, 3] if name == "deepseek" else [3, 1], num_experts=2)
+        gates = {"refit": "down_proj", "gates": "sigmoid"} if name == "granitemoeshared" else {}
+        config = CondenseConfig(layers=[1, 2, 3] if name == "deepseek" else [3, 1], num_experts=2, **gates)
         condense_pretrained(model, config, calibration=IDS).save_pretrained(path / name)
         with torch.no_grad():
             expected[name] = model(expected["ids"]).logits

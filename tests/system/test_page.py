@@ -17,7 +17,9 @@ from PIL import Image
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan, search_plan
 from cdmoe_plugin.cards.page import write_page
-from cdmoe_plugin.plan import ModelShape, SparseLayerShape
+from cdmoe_plugin.plan_layer import layers_of
+from cdmoe_plugin.shapes import ModelShape, SparseLayerShape
+from cdmoe_plugin.spread import Curve, LayerCurves, Spread
 from tests.helpers.tiny_models import random_ids, tiny_model
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -78,8 +80,38 @@ def searched_plan() -> CondensePlan:
     return search_plan(tiny_model("qwen2_moe"), config, calibration=random_ids(5))
 
 
+def sized_plan() -> CondensePlan:
+    config = CondenseConfig.fast(target_size=0.6, refit_neurons="least_squares", batch_size=7)
+    return search_plan(tiny_model("qwen2_moe", num_layers=7), config, calibration=random_ids(20))
+
+
+def large_sized_plan(layers: int, experts: int) -> CondensePlan:
+    """A plan for a size of a large model, with layers of all forms."""
+    rng, neuron, rows = random.Random(0), 3 * 2048, []
+    for layer in range(1, layers + 1):
+        curves = []
+        for routed in range(0, experts, experts // 8):
+            error = rng.uniform(0.2, 0.6) * (1 - routed / experts)
+            widths = [0, 1408, 5632]
+            errors = [error * (1 - width / 8192) for width in widths]
+            curves.append(Curve(routed, neuron * (2816 + 1408 * routed) + 2048 * routed, widths, errors))
+        whole = neuron * (2816 + 1408 * experts) + 2048 * experts
+        order = rng.sample(range(experts), experts)
+        rows.append(LayerCurves(layer, experts, whole, neuron, 10 ** rng.uniform(-4, -1), order, curves))
+    spread = Spread(10**9 + sum(row.parameters for row in rows), 2, rows)
+    shape = ModelShape("deepseek", layers + 1, 2048, [SparseLayerShape(r.layer, experts, 1408, 2816) for r in rows])
+    chosen = layers_of(spread, spread.solve(spread.parameters // 2))
+    return CondensePlan(chosen, shape, {"target_size": 0.5}, {"source": "allenai/c4"}, spread=spread)
+
+
 PLANS = {
     "searched": searched_plan,
+    "mixed": lambda: search_plan(
+        tiny_model("qwen2_moe"), CondenseConfig(2, 2, num_routed=3), calibration=random_ids(5)
+    ),
+    "size": sized_plan,
+    "deepseek size": lambda: large_sized_plan(27, 64),
+    "large size": lambda: large_sized_plan(60, 384),
     "deepseek": lambda: large_plan(27, 9, 64, 6),
     "most": lambda: large_plan(60, 45, 384, 24),
     "reference": lambda: replace(large_plan(27, 9, 64, 6), model=None, layer_divergences=None, config=None),

@@ -23,6 +23,7 @@ from cdmoe_plugin import CondensedLayer, CondensePlan, apply_plan
 from cdmoe_plugin.blocks import find_sparse_blocks
 from tests.helpers.models import sparse_model
 from tests.helpers.plans import some_plan
+from tests.helpers.programs import Programs
 from tests.helpers.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -71,16 +72,14 @@ def condensed(model_type: str, layers: list[int], empty: bool = False) -> PreTra
 
 @pytest.mark.slow
 @pytest.mark.skipif("tp_size" not in signature(DistributedConfig).parameters, reason="another interface in 5.17")
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_does(tmp_path: Path, programs: Programs) -> None:
     models = {name: condensed(*what, empty=name == "empty") for name, what in SPLIT.items()}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     (tmp_path / "program.py").write_text(PROGRAM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    launcher = [programs.python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command = [*launcher, str(tmp_path / "program.py"), str(tmp_path), *models]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=programs.environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     for name, model in models.items():
         with torch.no_grad():
@@ -169,7 +168,9 @@ print(json.dumps(found))
 def test_a_process_of_vllm_finds_the_classes(tmp_path: Path) -> None:
     for model_type in ("qwen2_moe", "deepseek"):
         condensed(model_type, [1]).save_pretrained(tmp_path / model_type)
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    entry = entries["vllm.general_plugins"]
+    assert entries["sglang.srt.plugins"] == entry
     command = [sys.executable, "-c", AS_VLLM, str(tmp_path), entry["cdmoe"], "qwen2_moe", "deepseek"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

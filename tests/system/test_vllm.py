@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cdmoe_plugin import CondenseConfig, apply_plan, export_stock, search_plan
+from cdmoe_plugin import CondenseConfig, apply_plan, export_dense, export_stock, search_plan
+from cdmoe_plugin.export.top_k import export_top_k
 from tests.helpers.recovery import word_tokenizer
+from tests.helpers.served import record
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")]
 
@@ -30,6 +33,7 @@ MODELS = {
     "deepseek": {**EXPERTS, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1},
     "glm4_moe": {**EXPERTS, "head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
 }
+EXPORTS = {"exported": export_stock, "dense": export_dense, "top_k": export_top_k}
 # Prints the class that vLLM chose, and leaves the tokens that it chose greedily and the prompts' log-probabilities.
 PROGRAM = """
 import json, os, sys
@@ -66,12 +70,12 @@ def checkpoint(model_type: str, form: str, folder: Path) -> None:
             parameter.data *= 4  # what comes out should not be nearly the same for every token
     ids = torch.randint(4, 104, (4, 20), generator=torch.Generator().manual_seed(0))
     first = MODELS[model_type].get("first_k_dense_replace", 0)
-    layers = list(range(first, 4 if form == "fully" else first + 2))
+    layers = list(range(first, 4 if form in ("fully", "dense", "top_k") else first + 2))
     model = apply_plan(
         model, search_plan(model, CondenseConfig(layers=layers, num_experts=2), calibration=ids.tolist())
     )
-    if form == "exported":
-        export_stock(model, folder)
+    if form in EXPORTS:
+        EXPORTS[form](model, folder)
     else:
         model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
@@ -91,6 +95,9 @@ def checkpoint(model_type: str, form: str, folder: Path) -> None:
         ("deepseek", "partly", 2),
         ("qwen3_moe", "exported", 1),
         ("glm4_moe", "exported", 1),
+        ("mixtral", "dense", 1),
+        ("deepseek", "dense", 1),
+        ("qwen2_moe", "top_k", 1),
     ],
 )
 def test_what_transformers_computes(model_type: str, form: str, processes: int, tmp_path: Path) -> None:
@@ -103,7 +110,12 @@ def test_what_transformers_computes(model_type: str, form: str, processes: int, 
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     wanted, found = (load_file(tmp_path / f"{name}.safetensors") for name in ("expected", "found"))
+    worst = float((found["logprobs"] - wanted["logprobs"]).abs().max())
+    shown = {"exported": "stock", "dense": "dense", "top_k": "top-K"}.get(form, "condensed")
+    record(f"vLLM {version('vllm')}", shown, model_type, worst)
     torch.testing.assert_close(found["logprobs"], wanted["logprobs"], rtol=1e-4, atol=1e-5)
     assert torch.equal(found["tokens"], wanted["tokens"])
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == (model_type if form == "exported" else f"cdmoe_{model_type}")
+    siblings = {"mixtral": "mistral", "deepseek": "llama"}
+    written = {"exported": model_type, "top_k": model_type, "dense": siblings.get(model_type)}
+    assert config["model_type"] == written.get(form, f"cdmoe_{model_type}")

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from cdmoe_plugin import CondensedLayer, CondensePlan
-from cdmoe_plugin.cards.page import format_count, format_number, format_tick, write_page
+from cdmoe_plugin.cards.page import write_page
+from cdmoe_plugin.cards.page_charts import format_count, format_number, format_tick
 from cdmoe_plugin.cards.plots import draw_figure
 from cdmoe_plugin.cards.tables import divergence_name
+from cdmoe_plugin.spread import Choice
 from tests.unit.test_plan import MODEL, PLAN
+from tests.unit.test_target_size import some_plan
 
 FULL = replace(
     PLAN, layers=[replace(row, tokens=[40 + i, 9, 0]) for i, row in enumerate(PLAN.layers)]
@@ -199,6 +202,108 @@ def test_plans_that_lack_something(plan: CondensePlan, there: list[str], missing
 def test_trimmed_layers_lose_their_shared_expert(tmp_path: Path) -> None:
     rows = Page(FULL.as_trimming("trim_layer"), tmp_path).rows["Parameters of the sparse layers' MLPs"]
     assert [row[2] for row in rows[1:]] == ["0"] * 4
+
+
+def test_experts_behind_the_router(tmp_path: Path) -> None:
+    plan = replace(FULL, layers=[replace(FULL.layers[0], routed=[1, 5]), *FULL.layers[1:]])
+    page = Page(plan, tmp_path)
+    assert "2 of 24 routed experts stay behind the router" in page.text
+    assert "9 of 24 routed experts kept in dense MLPs" in page.text
+    assert {"layer 2, expert 1: stays behind the router", "layer 2, expert 5: stays behind the router"} < set(
+        page.titles
+    )
+    assert page.source.count('class="cell stay"') == 2
+    assert "behind the router: 1, 5" in " ".join(page.rows["Kept experts in the order of selection"][0][2].split())
+    parts = {name: cells for name, *cells in page.rows["Parameters of the sparse layers' MLPs"]}
+    assert [parts[name][1] for name in ("routed experts", "dense neurons", "routers")] == ["3072", "13824", "64"]
+    pruned = [replace(row, experts=[], gates=[], expert_scores=None, tokens=None, routed=[1, 5]) for row in FULL.layers]
+    page = Page(replace(FULL, layers=pruned, form="prune_experts"), tmp_path)
+    parts = {name: cells for name, *cells in page.rows["Parameters of the sparse layers' MLPs"]}
+    assert parts["shared experts"] == ["6912", "6912", "0.0%"]
+    assert "dense neurons" not in parts
+    assert "Which experts stay" in page.text
+    assert "the shared expert alone" not in page.text
+
+
+def test_numbers_of_neurons(tmp_path: Path) -> None:
+    plan = replace(FULL, layers=[replace(row, width=40) for row in FULL.layers])
+    page = Page(plan, tmp_path)
+    assert "120 dense neurons in these layers, beside those of shared experts" in page.text
+    assert "Which experts" not in page.text
+    assert [row[2].strip() for row in page.rows["Kept experts in the order of selection"]] == [
+        "40 neurons of all experts"
+    ] * 3
+    parts = {name: cells for name, *cells in page.rows["Parameters of the sparse layers' MLPs"]}
+    assert parts["dense neurons"] == ["0", str(3 * 3 * 32 * 40), ""]
+    saved = page.rows["Fewer experts"][1]
+    before = mlp_parameters(FULL, 0)
+    assert saved[2:4] == [f"{1 - mlp_parameters(FULL, 3, k) / before:.1%}" for k in (1, 2)]
+
+
+@pytest.mark.parametrize("seed", [2, 3])  # the second leaves a layer untouched, and one without routed neurons
+def test_plans_for_a_size(seed: int, tmp_path: Path) -> None:
+    plan = some_plan(seed)
+    assert plan.spread is not None
+    page = Page(plan, tmp_path)
+    spread, changed = plan.spread, {layer.layer: layer for layer in plan.layers}
+    assert len({bool(layer.routed) for layer in plan.layers}) == 2  # mixed and condensed ones
+    for number in ("num_layers", "num_experts", "Fewer"):
+        assert number not in page.source
+    assert "cdmoe plan truncate --target_size" in page.text
+    forms = []
+    for layer, cells in zip(spread.layers, page.rows["What became of each sparse layer"][1:], strict=True):
+        row = changed.get(layer.layer)
+        choice = layer.untouched if row is None else Choice(len(row.routed or ()), row.width or 0)
+        form = "untouched" if row is None else "mixed" if row.routed else "condensed"
+        forms.append(form)
+        assert cells[:4] == [str(layer.layer), form, f"{choice.routed} of 8", str(choice.width)]
+        errors = {
+            Choice(curve.routed, w): e
+            for curve in layer.curves
+            for w, e in zip(curve.widths, curve.errors, strict=True)
+        }
+        error = errors.get(choice, 0.0)
+        assert cells[4:] == [
+            repr(value)
+            for value in (
+                error,
+                layer.sensitivity,
+                layer.sensitivity * error,
+                layer.sensitivity * errors[Choice(0, 16)],
+            )
+        ]
+        assert f"{layer.layer}: {layer.sensitivity * errors[Choice(0, 16)]}" in page.titles
+        staying = {f"layer {layer.layer}, expert {e}: stays behind the router" for e in (row and row.routed) or ()}
+        assert staying == {title for title in page.titles if title.startswith(f"layer {layer.layer}, expert")}
+        dense = f"layer {layer.layer}: {choice.width} dense neurons in place of experts"
+        assert (dense in page.titles) == bool(choice.width)
+    assert f"{len(changed)} of 4" in page.text
+    assert f"{forms.count('mixed')} mixed, {forms.count('condensed')} condensed" in page.text
+    sizes = page.rows["Other sizes"][1:]
+    parameters = [int(cells[1]) for cells in sizes]
+    assert parameters == sorted(set(parameters), reverse=True)
+    assert parameters[-1] == spread.smallest() == 1000 + 4 * 30
+    tenths = {f"{1 - i / 10 * 4 * 910 / spread.parameters:.3f}" for i in range(1, 10)}
+    assert {cells[0] for cells in sizes} <= {*tenths, "0.6", "0.242"}  # 0.242 is the first of three digits that fits
+    assert len(sizes) >= 8
+    for target, count, effect, *numbers in sizes:
+        chosen = spread.solve(int(float(target) * spread.parameters))
+        assert (count, float(effect)) == (str(spread.size(chosen)), pytest.approx(spread.effect(chosen)))
+        routed = [choice.routed for choice in chosen.values()]
+        assert list(map(int, numbers)) == [routed.count(8), routed.count(4), routed.count(0)]
+    # The plan itself is among them, at the size that it was searched for.
+    assert ["0.6", str(spread.size(spread.solve(int(0.6 * spread.parameters))))] in [cells[:2] for cells in sizes]
+
+
+def test_layers_that_tell_nothing(tmp_path: Path) -> None:
+    """Layers whose errors change nothing, and a plan without a config."""
+    plan = some_plan()
+    assert plan.spread is not None
+    spread = replace(plan.spread, layers=[replace(layer, sensitivity=-0.1) for layer in plan.spread.layers])
+    page = Page(replace(plan, spread=spread, config=None), tmp_path)
+    assert "log scale" not in page.text
+    assert [cells[0] for cells in page.rows["Other sizes"] if cells[0] == "this plan"] == ["this plan"]
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", page.source)
 
 
 def test_layers_with_different_numbers_of_experts(tmp_path: Path) -> None:

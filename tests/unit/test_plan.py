@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cdmoe_plugin import CondenseConfig, CondensedLayer, CondensePlan
-from cdmoe_plugin.plan import ModelShape, SparseLayerShape
+from cdmoe_plugin.shapes import ModelShape, SparseLayerShape
 from tests.helpers.broken_json import ODD, RAW, edited, places, written
 
 LAYERS = [
@@ -73,6 +73,29 @@ def test_tokens_of_kept_experts(tmp_path: Path) -> None:
             CondensedLayer.from_dict({**rows[0], "tokens": wrong})
 
 
+def test_experts_that_stay_and_a_width(tmp_path: Path) -> None:
+    rows = PLAN.layers
+    plan = replace(PLAN, layers=[replace(rows[0], routed=[0, 5], width=24), *rows[1:]])
+    plan.save(tmp_path / "plan.json")
+    assert CondensePlan.load(tmp_path / "plan.json") == plan
+    assert (plan.truncate(num_experts=1).layers[0].routed, plan.truncate(num_experts=1).layers[0].width) == (
+        [0, 5],
+        None,
+    )
+    row = plan.layers[0].to_dict()
+    for changes, message in (
+        ({"routed": [5, 0]}, "ascending"),
+        ({"routed": []}, "ascending"),
+        ({"routed": [1, 1]}, "once"),
+        ({"routed": 3}, "should be a list"),
+        ({"width": -1}, "whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CondensedLayer.from_dict({**row, **changes})
+    with pytest.raises(ValueError, match=r"experts \[99\]"):
+        replace(PLAN, layers=[replace(rows[0], routed=[0, 99])])
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     PLAN.save(path)
@@ -92,6 +115,10 @@ def test_truncate() -> None:
     assert (small.config["num_layers"], small.config["num_experts"]) == (2, 1)
     assert small.model == MODEL
     assert small == PLAN.truncate(num_experts=1).truncate(num_layers=2)
+    before = {"num_layers": 3, "num_experts": 3, "expert_budget": None}
+    again = PLAN.truncate(num_experts=1).truncate(num_layers=2)
+    assert small.cut_from == again.cut_from == CondensePlan.from_dict(small.to_dict()).cut_from == before
+    assert "cut_from" not in PLAN.to_dict()
     assert PLAN.truncate(3, 3) == PLAN.truncate() == PLAN
     assert PLAN.truncate(num_layers=1).layers == LAYERS[:1]
     assert PLAN.truncate(num_layers=1).layer_divergences == PLAN.layer_divergences

@@ -137,13 +137,15 @@ def test_what_is_missing_is_named(rows: list[dict[str, Any]], message: str, tmp_
     [
         ("missing.json", "does not exist"),
         ("broken.json", "can't be read"),
-        ("data.csv", "should end in one of .json, .jsonl, .parquet"),
+        ("data.doc", "should end in one of .json, .jsonl, .parquet, .csv"),
+        ("data.txt", "should end in one of .json, .jsonl, .parquet, .csv"),
         ("nobody/nothing", "--sft_dataset"),
     ],
 )
 def test_what_can_not_be_opened(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"text": ')
-    (tmp_path / "data.csv").write_text("text\na\n")
+    for ending in ("doc", "txt"):
+        (tmp_path / f"data.{ending}").write_text("text\na\n")
     path = tmp_path / name
     with pytest.raises(ValueError, match=message):
         load_stage_data("sft", name if name.startswith("nobody") else path)

@@ -26,8 +26,34 @@ ROOMS = [
     "loading",
 ]
 ROOMS += ["condense", "decoder", "blocks", "model", "cards"]
-GROUND = ["plan", "config", "calibration", "data", "reference", "checks", "sizes", "atomic", "offload", "registry"]
-GROUND += ["metrics", "after_import"]
+GROUND = [
+    "plan",
+    "plan_files",
+    "plan_layer",
+    "shapes",
+    "config",
+    "calibration",
+    "data",
+    "reference",
+    "checks",
+    "sizes",
+    "atomic",
+    "offload",
+    "registry",
+]
+GROUND += [
+    "metrics",
+    "after_import",
+    "autocast",
+    "images",
+    "knapsack",
+    "naming",
+    "presets",
+    "processes",
+    "samples",
+    "spread",
+    "tokenizing",
+]
 LEVELS = {room: level for level, room in enumerate(ROOMS)} | dict.fromkeys(GROUND, len(ROOMS))
 
 

@@ -102,6 +102,13 @@ def test_values_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
     assert given_fields(search) == {"layers": [3, 1], "num_experts": "auto", "expert_budget": 4, "metric": "kl"}
 
 
+def test_two_checkpoints_are_kept_by_default() -> None:
+    words = ["--model_name_or_path", "m", "--output_dir", "o", "--use_cpu", "--bf16", "false"]
+    parse = recover_stages.make_parser().parse_args_and_config
+    assert parse(words)[1].save_total_limit == 2
+    assert parse([*words, "--save_total_limit", "none"])[1].save_total_limit is None
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_by_name(path: Path) -> None:
     name = "recover" if path.stem.startswith("recover-") else "condense"
@@ -143,12 +150,15 @@ def test_none_is_no_text() -> None:
         (["estimate", "--model_name_or_path", "{list}/missing"], "missing"),
         (["export", "{sparse}"], "`--output_dir` is needed"),
         (["export", "{sparse}", "--output_dir", "{new}"], "is not condensed"),
-        (["export", "{sparse}", "--output_dir", "{new}", "--to", "gguf"], "'gguf', but only 'stock' exist"),
+        (
+            ["export", "{sparse}", "--output_dir", "{new}", "--to", "onnx"],
+            "but only 'stock', 'dense', 'gguf', 'top_k' exist",
+        ),
         (["export", "{sparse}", "--output_dir", "{new}", "--seed", "1"], "Without `--approximate`, ['seed']"),
         (["plan", "show", "{new}"], "No such file or directory: "),
         (["plan", "show", "{list}"], "is not a valid condense plan"),
         (["plan", "merge"], "`cdmoe plan merge` does not exist"),
-        (["plan", "truncate", "{plan}", "--output_file", "{new}"], "`--num_layers` or `--num_experts` is needed"),
+        (["plan", "truncate", "{plan}", "--output_file", "{new}"], "`--num_experts` or `--target_size` is needed"),
         (["plan", "truncate", "{plan}", "--num_layers", "9", "--output_file", "{new}"], "between 1 and the plan's 2"),
     ],
 )
@@ -223,8 +233,11 @@ def test_the_main_process_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--state_dir", "{tmp}/state"], "results so far are in {tmp}/state; the same command goes on"),
-        ([], "With `--state_dir FOLDER`"),
+        (
+            ["--num_layers", "2", "--state_dir", "{tmp}/state"],
+            "results so far are in {tmp}/state; the same command goes on",
+        ),
+        (["--num_layers", "2", "--state_dir", "{tmp}/new"], "no results of the search yet; run the same command again"),
         (["--plan", "{tmp}/plan.json"], "Nothing was saved"),
     ],
 )
@@ -239,6 +252,8 @@ def test_interrupted(
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)
     monkeypatch.setattr("cdmoe_plugin.api.condense_pretrained", lambda *_, **__: fail(KeyboardInterrupt())())
     some_plan([1]).save(tmp_path / "plan.json")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "search_state.json").write_text("{}")
     words = ["--model_name_or_path", sparse, "--output_dir", tmp_path / "out", *more]
     assert run("condense", *(str(word).format(tmp=tmp_path) for word in words)) == 130
     assert message.format(tmp=tmp_path) in capsys.readouterr().err

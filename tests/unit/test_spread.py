@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from cdmoe_plugin import CondenseConfig, CondensePlan
+from cdmoe_plugin import knapsack as module
 from cdmoe_plugin.config import condense_arguments
-from cdmoe_plugin.search import knapsack as module
+from cdmoe_plugin.knapsack import allocate, cheapest, estimated_effects
 from cdmoe_plugin.search.budget import LayerBudget
-from cdmoe_plugin.search.knapsack import allocate, estimated_effects
 from cdmoe_plugin.sizes import read_budget
 from tests.helpers.plans import some_plan
 
@@ -91,6 +91,31 @@ def test_costs_without_a_common_unit(seed: int, monkeypatch: pytest.MonkeyPatch)
         assert price(costs, kept) <= budget
         rounded = [k for k in every_allocation(effects, costs, budget) if price(costs, k) <= budget * 0.95]
         assert total(effects, kept) <= min(total(effects, other) for other in rounded)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_choice_of_options_is_better(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    effects = {layer: [rng.random() for _ in range(rng.randint(1, 5))] for layer in rng.sample(range(9), 4)}
+    costs = {layer: [rng.randint(0, 40) * (1 + seed % 3) + 7 for _ in own] for layer, own in effects.items()}
+    choices = [
+        dict(zip(effects, c, strict=True)) for c in itertools.product(*(range(len(v)) for v in effects.values()))
+    ]
+    price = lambda chosen: sum(costs[layer][number] for layer, number in chosen.items())  # noqa: E731
+    least = min(map(price, choices))
+    for budget in (least, least + 5, least + 31, least + 80, 10**6):
+        found = cheapest(effects, costs, budget)
+        assert price(found) <= budget
+        best = min(total(effects, other) for other in choices if price(other) <= budget)
+        assert total(effects, found) == pytest.approx(best, rel=1e-12)
+        with monkeypatch.context() as patch:  # rounded up, and what is left over spent
+            patch.setattr(module, "_MOST_UNITS", 7)
+            found = cheapest(effects, costs, budget)
+        assert price(found) <= budget
+        better = [o for o in choices if price(o) <= budget and sum(o[i] != found[i] for i in o) == 1]
+        assert total(effects, found) <= min(total(effects, other) for other in better) if better else True
+    with pytest.raises(ValueError, match="the cheapest options cost"):
+        cheapest(effects, costs, least - 1)
 
 
 def test_effects_on_the_model_are_estimated() -> None:
@@ -186,6 +211,8 @@ def test_command_lines_and_yaml(parser: Any) -> None:
     assert parser("num_experts: auto\nexpert_budget: 300M params") == texts
     assert parser("expert_budget: 2GB", "--num_experts", "auto", "--expert_budget", "300M params") == texts
     assert CondenseConfig(**texts).expert_budget == "300M params"
+    assert parser("", "--target_size", "0.64") == parser("target_size: 0.64") == {"target_size": 0.64}
+    assert parser("", "--target_size", "24GB") == parser("target_size: 24GB") == {"target_size": "24GB"}
     assert condense_arguments()(num_experts="7", expert_budget="x").expert_budget == "x"
 
 

@@ -17,8 +17,8 @@ CONFIG = CondenseConfig(num_layers=2, num_experts=2)
 IDS = random_ids(5)
 
 
-# Three layers of experts, then a round of three candidates and one of two.
-@pytest.mark.parametrize(("after", "number"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 6)])
+# Three layers of experts, then a round of three candidates (with the work that it took) and one of two.
+@pytest.mark.parametrize(("after", "number"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 7)])
 def test_resumes_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, number: int) -> None:
     model = tiny_model("qwen2_moe")
     unbroken = search_plan(model, CONFIG, calibration=IDS)

@@ -32,6 +32,9 @@ class LatentExperts(Quirk):
     def hidden_size(self, features: int) -> int:
         return self.into.in_features
 
+    def beyond_experts(self) -> tuple[nn.Module, ...]:
+        return self.into, self.back
+
     def enter(self, x: Tensor) -> Tensor:
         return self.into(x)
 

@@ -36,6 +36,12 @@ class SumNorm(Quirk):
         ]
         return cls(*found[0]) if len(found) == 1 else None
 
+    def why_not_mixed(self, shared: bool) -> str | None:
+        return None if shared else "it normalises the sum of its experts, and has no shared expert to widen"
+
+    def beyond_experts(self) -> tuple[nn.Module, ...]:
+        return (self.module,)
+
     def norm(self) -> nn.Module:
         return self.module
 

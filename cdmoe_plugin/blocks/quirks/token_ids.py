@@ -14,11 +14,22 @@ from ..site import Site
 
 
 class TokenIds(Quirk):
-    """A block that takes the token ids beside hidden states."""
+    """A block that takes the token ids beside hidden states.
+
+    Args:
+        module (`nn.Module`): The block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
     @classmethod
     def find(cls, site: Site) -> Quirk | None:
-        return cls() if "input_ids" in signature(type(site.module).forward).parameters else None
+        return cls(site.module) if "input_ids" in signature(type(site.module).forward).parameters else None
+
+    def why_not_mixed(self, shared: bool) -> str | None:
+        tables = [name for name, tensor in self.module.named_buffers() if not tensor.is_floating_point()]
+        return f"a table of token ids chooses its experts (`{tables[0]}`)" if tables else None
 
     def dispatch(self, module: nn.Module, experts: nn.Module) -> Dispatch:
         return _TokenIdDispatch(module, experts)

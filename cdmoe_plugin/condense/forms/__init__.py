@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .condense import Condense
 from .form import Form, Replacing
+from .prune_experts import PruneExperts
 from .trim_block import TrimBlock
 from .trim_layer import TrimLayer
 
-FORMS: dict[str, Form] = {form.name: form for form in (Condense(), TrimLayer(), TrimBlock())}
+FORMS: dict[str, Form] = {form.name: form for form in (Condense(), PruneExperts(), TrimLayer(), TrimBlock())}
 
 __all__ = ["FORMS", "Form", "Replacing"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...blocks import SparseBlock
-from ...decoder.stream import LayerOutput, LayerStream
-from ...model.layers_cdmoe import CondensedMLP, Trimmed
+from ...decoder.stream import LayerStream
+from ...decoder.whole import LayerOutput
+from ...model.layers_cdmoe import Trimmed
 from ...plan import CondensedLayer, CondensePlan
 from ..apply import become_condensed, layer_spec
 from ..place import install, standing_in
@@ -45,6 +46,15 @@ class Form(ABC):
             UnsupportedModelError: naming the layers and the reason.
         """
 
+    def check_layers(  # noqa: B027  (most forms have nothing to check)
+        self, blocks: Sequence[SparseBlock], layers: Sequence[CondensedLayer]
+    ) -> None:
+        """Check that layers of a plan can take this form with the experts that they keep.
+
+        Raises:
+            ValueError: naming the layer and the reason.
+        """
+
     @abstractmethod
     def variant(self, stream: LayerStream, block: SparseBlock, kept: CondensedLayer) -> AbstractContextManager[None]:
         """Give one layer of a model this form inside the context."""
@@ -66,7 +76,7 @@ class Form(ABC):
         model: PreTrainedModel,
         blocks: Sequence[SparseBlock],
         plan: CondensePlan,
-        mlps: Mapping[int, CondensedMLP] | None = None,
+        mlps: Mapping[int, nn.Module] | None = None,
     ) -> None:
         """Give the layers of a plan this form, in place.
 
@@ -74,20 +84,27 @@ class Form(ABC):
             model (`PreTrainedModel`): A sparse model.
             blocks (`Sequence[SparseBlock]`): Its sparse blocks.
             plan (`CondensePlan`): A plan of this form that fits the model.
-            mlps (`Mapping[int, CondensedMLP]`, *optional*): Refitted MLPs by decoder layer, in place of folded ones.
+            mlps (`Mapping[int, nn.Module]`, *optional*): Refitted MLPs by decoder layer, in place of folded ones.
 
         Raises:
             UnsupportedModelError: if the layers can't take this form. The model is then unchanged.
         """
 
     @abstractmethod
-    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+    def sketch(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        kept: Mapping[int, int],
+        routed: Mapping[int, list[int]] | None = None,
+    ) -> None:
         """Give a model on the meta device the sizes that it would have with these numbers of experts.
 
         Args:
             model (`PreTrainedModel`): A sparse model on the meta device.
             blocks (`Sequence[SparseBlock]`): Its sparse blocks.
             kept (`Mapping[int, int]`): Number of kept experts by decoder layer.
+            routed (`Mapping[int, list[int]]`, *optional*): The experts that stay behind the router, by decoder layer.
         """
 
 
@@ -118,9 +135,10 @@ class Replacing(Form):
         model: PreTrainedModel,
         blocks: Sequence[SparseBlock],
         plan: CondensePlan,
-        mlps: Mapping[int, CondensedMLP] | None = None,
+        mlps: Mapping[int, nn.Module] | None = None,
     ) -> None:
         self.check(model, blocks, [layer.layer for layer in plan.layers])
+        self.check_layers(blocks, plan.layers)
         parameters_before = model.num_parameters()
         specs = self.install(model, blocks, plan.layers, mlps=mlps)
         become_condensed(model, plan, specs, len(specs) == len(blocks), parameters_before)
@@ -131,7 +149,7 @@ class Replacing(Form):
         blocks: Sequence[SparseBlock],
         layers: Sequence[CondensedLayer],
         at_once: bool = True,
-        mlps: Mapping[int, CondensedMLP] | None = None,
+        mlps: Mapping[int, nn.Module] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Replace the sparse blocks of these layers; return their specs for config.json by decoder layer.
 
@@ -141,7 +159,7 @@ class Replacing(Form):
             layers (`Sequence[CondensedLayer]`): Layers of a plan.
             at_once (`bool`, defaults to `True`): Whether all modules are made before the first is installed, so that
                 the model is unchanged after an error. One after the other needs less memory.
-            mlps (`Mapping[int, CondensedMLP]`, *optional*): As for `apply`.
+            mlps (`Mapping[int, nn.Module]`, *optional*): As for `apply`.
         """
         by_layer = {block.layer: block for block in blocks}
         chosen = ((by_layer[kept.layer], kept) for kept in layers)
@@ -152,7 +170,16 @@ class Replacing(Form):
             specs[block.layer] = layer_spec(block, module)
         return specs
 
-    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+    def sketch(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        kept: Mapping[int, int],
+        routed: Mapping[int, list[int]] | None = None,
+    ) -> None:
         model.name_or_path = ""  # so that the base model's card is not read
-        rows = [CondensedLayer(layer, list(range(number)), [1.0] * number) for layer, number in kept.items()]
+        rows = []
+        for layer, number in kept.items():
+            stay = (routed or {}).get(layer)
+            rows.append(CondensedLayer(layer, list(range(number)), [1.0] * number, routed=stay))
         self.apply(model, blocks, CondensePlan(rows, form=self.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,16 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...blocks import SparseBlock, UnsupportedModelError, layers_path
+from ...blocks import SparseBlock, UnsupportedModelError, decoder_of, layers_path
 from ...calibration import TokenBatch
 from ...checks import is_out_of_memory
-from ...decoder.stream import LayerOutput, LayerStream, decoder_of, searching
-from ...model.layers_cdmoe import CondensedMLP
+from ...decoder.stream import LayerStream
+from ...decoder.whole import LayerOutput, searching
+from ...model.dequantized import forget_quantiser
+from ...model.extra import settle_layers
 from ...model.modeling_cdmoe import silence_router_loss
+from ...model.router_requests import answer_router_requests
+from ...naming import leave_base
 from ...plan import CondensedLayer, CondensePlan
 from ..apply import own_config
 from .fewer_layers import Remaining, without_layers
 from .form import Form
+from .patterns import broken_patterns, describe_broken
 
 
 class TrimBlock(Form):
@@ -36,6 +42,11 @@ class TrimBlock(Form):
     ) -> None:
         path = layers_path(blocks)
         total = len(model.base_model.get_submodule(path))  # type: ignore[arg-type]
+        if model.config.get_text_config() is not model.config:
+            raise UnsupportedModelError(
+                f"model type {model.config.model_type!r} can't do without decoder layers: they are part of a "
+                "multimodal model. Use another `form`, or `text_only=True` if the architecture has a text model."
+            )
         if layers is not None or num_layers >= total:
             without_layers(model, path, range(total) if layers is None else layers)
             return
@@ -57,15 +68,18 @@ class TrimBlock(Form):
         model: PreTrainedModel,
         blocks: Sequence[SparseBlock],
         plan: CondensePlan,
-        mlps: Mapping[int, CondensedMLP] | None = None,
+        mlps: Mapping[int, nn.Module] | None = None,
     ) -> None:
-        """Drop the decoder layers of a plan and set `model.condense_plan`.
+        """Drop the decoder layers of a plan and set `model.condense_plan` and `model.broken_patterns`.
 
-        The result is checked on a few tokens against the whole model with these layers skipped.
+        The result is checked on a few tokens against the whole model with these layers skipped. A `UserWarning` names
+        the config fields whose pattern over the layers is broken, which some engines will misread.
         """
         path = layers_path(blocks)
+        total = len(model.base_model.get_submodule(path))  # type: ignore[arg-type]
         dropped = sorted(layer.layer for layer in plan.layers)
         remaining = without_layers(model, path, dropped)
+        broken = broken_patterns(own_config(model), total, dropped)
         with searching(model):
             batch = TokenBatch.random(model)
             expected = _skipping(LayerStream(model, path, [batch]), dropped)
@@ -73,12 +87,29 @@ class TrimBlock(Form):
                 _check(
                     model, batch, expected, f"{model.config.model_type!r} can't do without its decoder layers {dropped}"
                 )
+        forget_quantiser(model)
+        settle_layers(model)
         if all(block.layer in dropped for block in blocks):
             silence_router_loss(model)
+            answer_router_requests(model)
+        leave_base(model, "trimmed")
+        if type(model).__module__.startswith("transformers."):
+            vars(model.config).pop("auto_map", None)  # it names files that saving does not copy
         _renumber_device_map(model, path, remaining.kept)
         vars(model)["condense_plan"] = plan
+        # A model may be trimmed again: a pattern that was broken before stays so.
+        vars(model)["broken_patterns"] = getattr(model, "broken_patterns", {}) | broken
+        if broken:
+            # A warning of Python, as the loggers of transformers are often silenced.
+            warnings.warn(describe_broken(broken, dropped, total), UserWarning, stacklevel=2)
 
-    def sketch(self, model: PreTrainedModel, blocks: Sequence[SparseBlock], kept: Mapping[int, int]) -> None:
+    def sketch(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[SparseBlock],
+        kept: Mapping[int, int],
+        routed: Mapping[int, list[int]] | None = None,
+    ) -> None:
         layers: Any = model.base_model.get_submodule(layers_path(blocks))
         for layer in sorted(kept, reverse=True):
             del layers[layer]

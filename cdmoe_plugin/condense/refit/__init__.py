@@ -4,7 +4,7 @@ Layers are fitted by depth, each on inputs from the already condensed layers bef
 its examples and the options that it registers, and returns a `RefitLayer`.
 """
 
-from .driver import TARGETS, check_calibration, check_refit, refit_layers
+from .driver import TARGETS, check_calibration, check_refit, enough_tokens, refit_layers, trains_experts
 from .examples import LayerExamples, RefitLayer
 
 __all__ = [
@@ -13,5 +13,7 @@ __all__ = [
     "RefitLayer",
     "check_calibration",
     "check_refit",
+    "enough_tokens",
     "refit_layers",
+    "trains_experts",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...model.layers_cdmoe import CondensedMLP
+from ...processes import Processes
 from ...registry import REFITS
 from .examples import Example, LayerExamples, RefitLayer
 
@@ -34,13 +35,14 @@ class NormalEquations:
 
     def add(self, example: Example) -> None:
         """Add some tokens to the sums."""
-        inner = inner_activations(self.mlp, example.inputs).double()
-        weights = example.weights.double()[:, None]
-        left = example.target.double() - F.linear(inner, self.weight, self.bias)
-        self.products += inner.T @ (inner * weights)
-        self.rest += inner.T @ (left * weights)
-        self.error += (left.square() * weights).sum()
-        self.size += (example.target.double().square() * weights).sum()
+        for part in example.split(self.mlp.intermediate_size):
+            inner = inner_activations(self.mlp, part.inputs).double()
+            weights = part.weights.double()[:, None]
+            left = part.target.double() - F.linear(inner, self.weight, self.bias)
+            self.products.addmm_(inner.T, inner * weights)
+            self.rest.addmm_(inner.T, left * weights)
+            self.error += (left.square() * weights).sum()
+            self.size += (part.target.double().square() * weights).sum()
 
     def solve(self, strength: float) -> Tensor:
         """Solve the ridge regression for the change of the transposed down projection, `[W, H]`."""
@@ -51,6 +53,10 @@ class NormalEquations:
     def error_with(self, change: Tensor) -> float:
         """Compute `sum w r²` after a change of the transposed down projection."""
         return float(self.error - 2 * (change * self.rest).sum() + (change * (self.products @ change)).sum())
+
+    def add_up(self, processes: Processes) -> None:
+        """Replace the sums over the tokens of each process by those over all tokens."""
+        processes.add_up(self.products, self.rest, self.error, self.size)
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         for name in ("products", "rest", "error", "size"):
@@ -74,6 +80,8 @@ def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
     for to_fit, to_choose in examples.both():
         fit.add(to_fit)
         held_out.add(to_choose)
+    fit.add_up(examples.processes)
+    held_out.add_up(examples.processes)
     errors = {strength: held_out.error_with(fit.solve(strength)) for strength in STRENGTHS if mlp.intermediate_size}
     before, size = float(held_out.error), max(float(held_out.size), 1e-30)
     strength = min(errors, key=lambda s: errors[s], default=None)

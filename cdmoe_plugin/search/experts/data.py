@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...blocks import SparseBlock
 from ...decoder.record import LayerCall
-from ..processes import Processes
+from ...processes import Processes
 
 
 @dataclass
@@ -68,9 +68,11 @@ class ExpertOrder:
             rounds.
         tokens (`list[int]`, *optional*): How many calibration tokens chose each kept expert; methods leave it to the
             search.
+        routed (`list[int]`, *optional*): The experts that stay behind the router, also left to the search.
     """
 
     experts: list[int]
     scores: list[float]
     steps: list[dict[int, float]] = field(default_factory=list)
     tokens: list[int] | None = None
+    routed: list[int] | None = None

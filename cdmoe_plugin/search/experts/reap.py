@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,22 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     return ranked(data, num_experts, lambda data: -reap_saliencies(data))
 
 
-@torch.no_grad()
 def reap_saliencies(data: SparseLayerData) -> Tensor:
     """Compute REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
+    return mean_output_norms(data, lambda norms, factors: norms * factors)
+
+
+@torch.no_grad()
+def mean_output_norms(data: SparseLayerData, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compute the mean over tokens of a function of an expert's output norms and factors.
+
+    Args:
+        data (`SparseLayerData`): The layer on all calibration batches.
+        weigh (`Callable`): From norms `[T]` and `output_factors` of the router's weights `[T]`, float64, to `[T]`.
+
+    Returns:
+        `Tensor`: float64 `[N]`; NaN for an expert that no token chose.
+    """
     parts = []
     for call in data.calls:
         sums = torch.zeros(data.block.num_experts, dtype=torch.float64)
@@ -35,6 +50,6 @@ def reap_saliencies(data: SparseLayerData) -> Tensor:
             inputs, weights = call.inputs[rows], call.routing.weights[rows, slots]
             outputs = data.block.expert_outputs(inputs, [expert], weights[None])[0]
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-            sums[expert] = float(norms @ data.block.output_factors(weights).double())
+            sums[expert] = float(weigh(norms, data.block.output_factors(weights).double()).sum())
         parts.append(sums)
     return data.processes.total(parts).cpu() / data.choice_counts()

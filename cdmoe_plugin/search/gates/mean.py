@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...decoder.record import LayerCall
+from ...processes import Processes
 from ...registry import GATES
-from ..processes import Processes
 
 
 @GATES.register("mean", "mean router weight over the tokens that chose the expert", "CD-MoE, Eq. 2")

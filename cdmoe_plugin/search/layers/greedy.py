@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers.utils import logging
 
 from ...registry import LAYER_SELECTIONS
-from ..order import least
 from .order import BAR, LayerOrder
-from .variants import LayerSearchData, ModelVariants
+from .race import variants_of
+from .variants import LayerSearchData
 
 logger = logging.get_logger(__name__)
 
@@ -20,17 +20,16 @@ logger = logging.get_logger(__name__)
 def greedy_layers(data: LayerSearchData, num_layers: int) -> LayerOrder:
     """Add, one after the other, the layer whose condensation changes the model's output least (CD-MoE, Algorithm 2).
 
-    Outputs are compared with the unmodified model's. Ties go to the lower index.
+    Outputs are compared with the unmodified model's. Ties go to the lower index. From the second round on, candidates
+    may race (see `race.Race`); the first is complete, for the divergence of each layer alone (Figure 1).
     """
     order = LayerOrder([], [])
-    model = ModelVariants(data)
+    model = variants_of(data)
     with logging.tqdm(total=num_layers * model.steps, desc="Layer search", bar_format=BAR) as progress:
         for _ in range(num_layers):
             chosen = frozenset(order.layers)
             left = {layer: chosen | {layer} for layer in data.candidates if layer not in chosen}
-            found = model.divergences(left.values(), progress.update)
-            scores = {layer: found[variant] for layer, variant in left.items()}
-            best = least(scores)
+            best, scores = model.least(left, progress.update, complete=not chosen)
             order.layers.append(best)
             order.scores.append(scores[best])
             order.rounds.append(scores)

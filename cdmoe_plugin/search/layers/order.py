@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.utils import logging
 
@@ -24,12 +25,14 @@ class LayerOrder:
             first round is each layer alone (Figure 1). Empty if the method does not use the model's output.
         similarities (`dict[int, float]`, *optional*): Cosine similarities by candidate, if layers were ranked by them.
             Nothing else is measured then.
+        restricted (`dict`, *optional*): See `CondensePlan.restricted`.
     """
 
     layers: list[int]
     scores: list[float]
     rounds: list[dict[int, float]] = field(default_factory=list)
     similarities: dict[int, float] | None = None
+    restricted: dict[str, Any] | None = None
 
 
 def scores_alone(model: ModelVariants, layers: Sequence[int]) -> dict[int, float]:

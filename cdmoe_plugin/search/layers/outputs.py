@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,43 +24,46 @@ class OutputComparison(Protocol):
     def output(self, last: Tensor, batch: int) -> Tensor:
         """Compute the compared values from the last hidden state `[B, S, H]` (after the final norm) of a batch."""
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
-        """Compute a batch's share of the distance of two outputs, float64 `[]`; batches add up to the distance."""
+    def shares(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
+        """Compute each sequence's share of the distance of two outputs, float64 `[B]`.
+
+        The shares of all sequences of all batches add up to the distance.
+        """
+
+    def on(self, stream: LayerStream) -> OutputComparison:
+        """Return this comparison for the same sequences in other batches."""
 
 
+@dataclass(frozen=True)
 class TokenComparison:
     """The mean over sequences of the mean divergence over a sequence's tokens.
 
     Args:
         stream (`LayerStream`): The model.
-        token_weights (`list[Tensor]`): float32 `[T]` per batch, the weight of each valid token.
+        num_sequences (`int`): Number of calibration sequences of all processes.
         metric (`Callable`): Divergence per token of two outputs `[T, H]`.
         select (`Callable`): From a last hidden state to the compared output, from `registry.COMPARE`.
     """
 
-    def __init__(
-        self,
-        stream: LayerStream,
-        token_weights: list[Tensor],
-        metric: TokenMetric,
-        select: Callable[[LayerStream, Tensor, int], Tensor],
-    ) -> None:
-        self.stream = stream
-        self.token_weights = token_weights
-        self.metric = metric
-        self.select = select
+    stream: LayerStream
+    num_sequences: int
+    metric: TokenMetric
+    select: Callable[[LayerStream, Tensor, int], Tensor]
 
     def output(self, last: Tensor, batch: int) -> Tensor:
         return self.stream.tokens(self.select(self.stream, last, batch), batch)
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
-        weights = self.token_weights[batch].to(output.device, torch.float64, non_blocking=True)
+    def shares(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
         # Logits are as wide as the vocabulary: a few rows at a time.
         rows = max(1, 2**24 // target.shape[-1])
         parts = [self.metric(t, o) for t, o in zip(target.split(rows), output.split(rows), strict=True)]
-        return torch.cat(parts).double() @ weights
+        return self.stream.sequence_means(torch.cat(parts).double(), batch) / self.num_sequences
+
+    def on(self, stream: LayerStream) -> TokenComparison:
+        return replace(self, stream=stream)
 
 
+@dataclass(frozen=True)
 class SequenceComparison:
     """The mean absolute difference of a value per calibration sequence (CD-MoE, section 4.4).
 
@@ -69,17 +73,19 @@ class SequenceComparison:
         measure (`Callable`): The value of each sequence, from `registry.MODEL_METRICS`.
     """
 
-    def __init__(self, stream: LayerStream, num_sequences: int, measure: SequenceMetric) -> None:
-        self.stream = stream
-        self.num_sequences = num_sequences
-        self.measure = measure
+    stream: LayerStream
+    num_sequences: int
+    measure: SequenceMetric
 
     def output(self, last: Tensor, batch: int) -> Tensor:
         tokens = self.stream.batches[batch]
         return self.measure(self.stream.logits(last, batch), tokens.input_ids, tokens.attention_mask)
 
-    def distance(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
-        return (output - target).abs().sum() / self.num_sequences
+    def shares(self, target: Tensor, output: Tensor, batch: int) -> Tensor:
+        return (output - target).abs() / self.num_sequences
+
+    def on(self, stream: LayerStream) -> SequenceComparison:
+        return replace(self, stream=stream)
 
 
 @COMPARE.register("hidden", "the last hidden state after the final norm", "the published code of CD-MoE")
@@ -99,13 +105,11 @@ def layer_metric(name: str) -> TokenMetric:
     return js_divergence if name in MODEL_METRICS else METRICS.lookup(name)
 
 
-def compare_outputs(
-    metric: str, compare: str, stream: LayerStream, token_weights: list[Tensor], num_sequences: int
-) -> OutputComparison:
+def compare_outputs(metric: str, compare: str, stream: LayerStream, num_sequences: int) -> OutputComparison:
     """Make the comparison for a config's `metric` and `compare`; metrics on the model's output ignore `compare`."""
     if metric in MODEL_METRICS:
         return SequenceComparison(stream, num_sequences, MODEL_METRICS[metric])
-    return TokenComparison(stream, token_weights, METRICS.lookup(metric), COMPARE[compare])
+    return TokenComparison(stream, num_sequences, METRICS.lookup(metric), COMPARE[compare])
 
 
 def needs_head(metric: str, compare: str) -> bool:

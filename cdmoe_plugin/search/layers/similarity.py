@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.nn.functional import cosine_similarity
 from transformers.utils import logging
 
-from ...decoder.stream import LayerOutput
+from ...decoder.whole import LayerOutput
 from ...registry import LAYER_SELECTIONS
 from ..order import ascending
 from .order import LayerOrder

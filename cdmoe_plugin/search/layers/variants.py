@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ...decoder.stream import LayerOutput, LayerStream
-from ..processes import Processes
+from ...decoder.stream import LayerStream
+from ...decoder.whole import LayerOutput
+from ...processes import Processes
+from ..order import Key, least
 from .outputs import OutputComparison
 
 # From a layer to the context in which it is condensed.
 Condense = Callable[[int], AbstractContextManager[None]]
 # The condensed decoder layers of one variant.
 Condensed = frozenset[int]
+# Among the known values: how many tokens went through how many layers for the divergences, padding left out.
+TOKEN_LAYERS = "token-layers"
 
 
 @dataclass
@@ -38,6 +42,8 @@ class LayerSearchData:
         processes (`Processes`): The processes of the search.
         known (`MutableMapping[str, float]`): Known divergences by name; new ones are added.
         name (`str`): Prefix of their names.
+        races (`bool`): Whether candidates race, see `race.Race`.
+        seed (`int`): Seed of the race.
     """
 
     stream: LayerStream
@@ -51,6 +57,8 @@ class LayerSearchData:
     processes: Processes = field(default_factory=Processes)
     known: MutableMapping[str, float] = field(default_factory=dict)
     name: str = "layers"
+    races: bool = False
+    seed: int = 0
 
 
 class ModelVariants:
@@ -63,11 +71,30 @@ class ModelVariants:
     def __init__(self, data: LayerSearchData) -> None:
         self.data = data
         self.target: list[Tensor] | None = None
+        # Batches whose work for the target is not counted yet.
+        self._uncounted: set[int] = set()
 
     @property
     def steps(self) -> int:
-        """The number of layer runs of a comparison: each layer once per batch, for any number of variants."""
+        """The number of steps of a comparison: each layer once per batch, for any number of variants."""
         return len(self.data.stream) * len(self.data.stream.batches)
+
+    def least(
+        self, variants: Mapping[Key, Condensed], tick: Callable[[int], object] = int, complete: bool = False
+    ) -> tuple[Key, dict[Key, float]]:
+        """Find the variant whose output diverges least; ties go to the lower key, see `order.least`.
+
+        Args:
+            variants (`Mapping[Key, frozenset[int]]`): The condensed layers of each variant.
+            tick (`Callable`): As in `divergences`.
+            complete (`bool`, defaults to `False`): Whether to measure all variants on all sequences, in any case.
+
+        Returns:
+            The key of the variant, and the divergences of all variants that were measured on all sequences.
+        """
+        found = self.divergences(variants.values(), tick)
+        scores = {key: found[variant] for key, variant in variants.items()}
+        return least(scores), scores
 
     def divergences(self, variants: Iterable[Condensed], tick: Callable[[int], object] = int) -> dict[Condensed, float]:
         """Measure the divergence of each variant's output from the unmodified model's.
@@ -83,34 +110,61 @@ class ModelVariants:
         known = self.data.known
         missing = [variant for variant in variants if self._name(variant) not in known]
         if missing:
-            found = self._measure(missing, tick)
-            for variant, divergence in found.items():
-                _check_finite(divergence, variant)
-            known.update({self._name(variant): divergence for variant, divergence in found.items()})
+            self._keep(*self._measure(missing, tick))
         else:
             tick(self.steps)
         return {variant: known[self._name(variant)] for variant in variants}
 
+    def _keep(self, found: Mapping[Condensed, float], token_layers: float, **others: float) -> None:
+        """Add divergences, the work that they took, and other values to the known ones, in one step."""
+        for variant, divergence in found.items():
+            _check_finite(divergence, variant)
+        known = self.data.known
+        named = {self._name(variant): divergence for variant, divergence in found.items()}
+        known.update({**named, **others, TOKEN_LAYERS: known.get(TOKEN_LAYERS, 0.0) + token_layers})
+
     def _name(self, variant: Condensed) -> str:
         return " ".join(map(str, [self.data.name, *sorted(variant)]))
 
-    def _measure(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> dict[Condensed, float]:
-        if self.target is None:
-            self.target = [output for [output] in self._outputs([frozenset()], lambda _part: None)]
-        distances = []
-        for batch, outputs in enumerate(self._outputs(variants, tick)):
-            apart = [self.data.comparison.distance(self.target[batch], output, batch) for output in outputs]
-            distances.append(torch.stack(apart))
-        return dict(zip(variants, self.data.processes.total(distances).tolist(), strict=True))
+    def _measure(
+        self, variants: Sequence[Condensed], tick: Callable[[int], object]
+    ) -> tuple[dict[Condensed, float], float]:
+        """Measure divergences, and the work that it takes, in token-layers."""
+        parts = [
+            torch.cat([shares.sum(1), work])
+            for shares, work in self._shares(variants, range(len(self.data.stream.batches)), tick)
+        ]
+        *divergences, work = self.data.processes.total(parts).tolist()
+        return dict(zip(variants, divergences, strict=True)), work
 
-    def _outputs(self, variants: Sequence[Condensed], tick: Callable[[int], object]) -> Iterable[list[Tensor]]:
+    def _shares(
+        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield by batch the shares `[V, B]` of all sequences in each variant's divergence, and the work `[1]`."""
+        stream, comparison = self.data.stream, self.data.comparison
+        runs = layer_runs(variants, len(stream))
+        if self.target is None:
+            whole = range(len(stream.batches))
+            self.target = [output for [output] in self._outputs([frozenset()], whole, lambda _part: None)]
+            self._uncounted = set() if TOKEN_LAYERS in self.data.known else set(whole)
+        for batch, outputs in zip(batches, self._outputs(variants, batches, tick), strict=True):
+            shares = torch.stack([comparison.shares(self.target[batch], output, batch) for output in outputs])
+            work = runs + (len(stream) if batch in self._uncounted else 0)
+            self._uncounted.discard(batch)
+            yield shares, shares.new_tensor([work * float(stream.valid(batch).sum())])
+
+    def _outputs(
+        self, variants: Sequence[Condensed], batches: Sequence[int], tick: Callable[[int], object]
+    ) -> Iterator[list[Tensor]]:
         """Yield the compared outputs of all variants batch by batch, as many batches at a time as fit in the cache."""
         stream = self.data.stream
-        together = max(1, self.data.cache_bytes // (max(stream.output_bytes, 1) * (len(variants) + 1)))
-        for start in range(0, len(stream.batches), together):
-            batches = range(len(stream.batches))[start : start + together]
-            hidden = self._run(variants, batches, tick)
-            for batch in batches:
+        if not batches:
+            return
+        together = max(1, self.data.cache_bytes // (max(stream.output_bytes(batches), 1) * (len(variants) + 1)))
+        for start in range(0, len(batches), together):
+            some = batches[start : start + together]
+            hidden = self._run(variants, some, tick)
+            for batch in some:
                 last = [hidden[variant][batch] for variant in variants]
                 yield [self.data.comparison.output(stream.finish(output), batch) for output in last]
 
@@ -136,6 +190,11 @@ class ModelVariants:
             tick(len(batches))
         stream.check_finite()
         return hidden
+
+
+def layer_runs(variants: Iterable[Condensed], num_layers: int) -> int:
+    """Count the layers that are run for some variants of a model together: once where several are still equal."""
+    return sum(len({frozenset(i for i in v if i <= layer) for v in variants}) for layer in range(num_layers))
 
 
 def _ran(

@@ -1,4 +1,4 @@
-"""The processes that share a search: each works on some of the calibration batches, and all get the sums."""
+"""The processes that share a search or a refit: each works on some of the batches, and all get the sums."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a search; a single one without an accelerator.
+    """The processes of a search or a refit; a single one without an accelerator.
 
-    Sums are over batches in a fixed order, so results are bitwise equal for any number of processes.
+    Sums by `total` are over batches in a fixed order, so results are bitwise equal for any number of processes; those
+    by `add_up` need no memory for each batch, and are equal to rounding.
 
     Args:
         accelerator (`Accelerator` or `PartialState`, *optional*): The processes of `accelerate launch`. All of them
-            must take part in the search.
+            must take part.
         num_batches (`int`): Number of calibration batches of all processes together.
 
     Raises:
@@ -48,8 +49,16 @@ class Processes:
         """Select the batches of this process."""
         return list(batches[self.index :: self.count])
 
+    def part(self, rows: Tensor) -> Tensor:
+        """Select the rows of a tensor that this process works on."""
+        return rows[self.index :: self.count]
+
     def total(self, parts: Sequence[Tensor]) -> Tensor:
-        """Compute the sum over the batches of all processes, float64, in every process.
+        """Compute the sum over the batches of all processes, float64, in every process; see `gathered`."""
+        return self.gathered(parts).sum(0)
+
+    def gathered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Gather tensors of the batches of all processes in every process, `[number of batches, ...]` float64.
 
         Args:
             parts (`Sequence[Tensor]`): Tensors of one shape, one for each of this process's batches, in their order.
@@ -65,7 +74,30 @@ class Processes:
             gathered: Any = gather(padded)
             in_order = gathered.unflatten(0, (self.count, places)).transpose(0, 1).flatten(0, 1)
             stacked = in_order[: self.num_batches].contiguous()
-        return stacked.sum(0)
+        return stacked
+
+    def add_up(self, *sums: Tensor) -> None:
+        """Replace sums over the batches of each process by those over all batches, in place, in every process."""
+        if self.accelerator is not None:
+            for own in sums:
+                there = own.to(self.accelerator.device)
+                torch.distributed.all_reduce(there)
+                own.copy_(there)
+
+    def send(self, source: int, *tensors: Tensor) -> None:
+        """Replace tensors by those of the process with the index `source`, in place, in every process."""
+        if self.accelerator is not None:
+            for own in tensors:
+                there = own.to(self.accelerator.device)
+                torch.distributed.broadcast(there, source)
+                own.copy_(there)
+
+    def in_order(self, own: Sequence[int]) -> list[int]:
+        """Return a whole number for each batch of all processes, from those for this process's batches."""
+        found = torch.zeros(self.num_batches, dtype=torch.int64)
+        found[self.index :: self.count] = torch.tensor(own)
+        self.add_up(found)
+        return found.tolist()
 
     def agreed(self, value: T) -> T:
         """Return the main process's value, which must be JSON-like, in every process."""
