@@ -53,7 +53,7 @@ def test_errors_of_widths(stay: list[int], monkeypatch: pytest.MonkeyPatch) -> N
         curves, mlp = measure_layer(examples, pool, families, by_least_squares=False)
         # Families that do not fit into memory together have sums of their own.
         with monkeypatch.context() as patch:
-            patch.setattr(measure, "_MOST_CANDIDATES", 1)
+            patch.setattr(measure, "_MOST_BYTES", 1)
             apart, _ = measure_layer(examples, pool, families, by_least_squares=False)
         for one, other in zip(curves, apart, strict=True):
             assert one.errors == pytest.approx(other.errors, rel=1e-5)

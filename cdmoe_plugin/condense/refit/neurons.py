@@ -13,7 +13,7 @@ from ...plan import CondensedLayer
 from ...registry import REFIT_NEURONS
 from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
-from .ridge import inner_activations
+from .ridge import add_products, inner_activations
 
 # Least squares chooses from this many times the neurons that are kept, those with the most energy.
 CANDIDATES = 2
@@ -187,9 +187,10 @@ def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> Tensor:
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
             inner = inner_activations(mlp, part.inputs).double()
-            parts = [inner.new_ones(len(inner), constant), inner, part.target.double()]
-            both = torch.cat(parts, 1)
-            products.addmm_((both[:, :number] * part.weights.double()[:, None]).T, both)
+            inner = torch.cat([inner.new_ones(len(inner), constant), inner], 1)
+            weighted = inner * part.weights.double()[:, None]
+            add_products(products[:, :number], inner, weighted)
+            products[:, number:].addmm_(weighted.T, part.target.double())
     examples.processes.add_up(products)
     return products
 

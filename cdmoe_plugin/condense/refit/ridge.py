@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...blocks import patched_forward
 from ...model.layers_cdmoe import CondensedMLP
 from ...processes import Processes
 from ...registry import REFITS
@@ -13,6 +14,9 @@ from .examples import Example, LayerExamples, RefitLayer
 
 # The candidate ridge strengths, relative to the mean square of an inner activation.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Symmetric products are summed in so many blocks of rows, each of at least so many.
+_BLOCKS = 8
+_LEAST_BLOCK = 256
 
 
 class NormalEquations:
@@ -39,7 +43,7 @@ class NormalEquations:
             inner = inner_activations(self.mlp, part.inputs).double()
             weights = part.weights.double()[:, None]
             left = part.target.double() - F.linear(inner, self.weight, self.bias)
-            self.products.addmm_(inner.T, inner * weights)
+            add_products(self.products, inner, inner * weights)
             self.rest.addmm_(inner.T, left * weights)
             self.error += (left.square() * weights).sum()
             self.size += (part.target.double().square() * weights).sum()
@@ -95,10 +99,23 @@ def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
 
 def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
     """Compute the input of a condensed MLP's down projection, `[T, W]` in the dtype of `x`."""
-    found: list[Tensor] = []
-    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
-        mlp(x)
-    finally:
-        handle.remove()
-    return found[0]
+    with patched_forward(mlp.down_proj, lambda inner: inner):
+        return mlp.sum_of_experts(x)
+
+
+def add_products(products: Tensor, inner: Tensor, weighted: Tensor) -> None:
+    """Add `inner^T weighted` to `products`, where `weighted` is `inner` times a weight of each token.
+
+    The sum is symmetric, so only one of its triangles is computed, in blocks of rows: of large layers, these products
+    take most of the time of a fit.
+
+    Args:
+        products (`Tensor`): `[W, W]`, symmetric; changed in place.
+        inner (`Tensor`): Activations, `[T, W]`.
+        weighted (`Tensor`): `[T, W]`.
+    """
+    size = max(_LEAST_BLOCK, -(-len(products) // _BLOCKS))
+    for start in range(0, len(products), size):
+        rows = slice(start, start + size)
+        products[rows, start:].addmm_(inner[:, rows].T, weighted[:, start:])
+        products[start + size :, rows] = products[rows, start + size :].T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ...blocks import SparseBlock
 from ...condense.refit import LayerExamples
+from ...condense.refit.examples import Example
 from ...condense.refit.neurons import CANDIDATES, NeuronPool, forward_least_squares
 from ...condense.refit.ridge import inner_activations
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
 from .errors import Sums, fits_along
 
-# Families share the products of so many candidates at most, which take 2 GiB for each of two sets of tokens.
-_MOST_CANDIDATES = 2**14
+# Families are measured together if the sums over both sets of tokens need no more memory.
+_MOST_BYTES = 5 * 2**30
 
 
 class Routed(Protocol):
@@ -29,9 +30,6 @@ class Routed(Protocol):
 
     def gate(self, x: Tensor) -> Tensor | None:
         """Compute the factor of all dense neurons beside them, `[T, 1]`; None for 1."""
-
-    def release(self) -> None:
-        """Free memory."""
 
 
 @dataclass(frozen=True)
@@ -78,40 +76,36 @@ def measure_layer(
     candidates = [_candidates(by_energy, family, examples.block.intermediate_size) for family in families]
     curves: list[Curve] = []
     target, widest = 1.0, None
-    for places in _together(candidates):
+    for places in _together(candidates, families, examples.block):
         union = torch.cat([candidates[place] for place in places]).unique()
         mlp = pool.choice(union).fold(examples.block).float()
         prior, bias = mlp.down_proj.weight.T.double(), mlp.down_proj.bias
         prior = prior if bias is None else torch.cat([bias[None].double(), prior])
         given = len(prior) - len(union)
-        gated: bool | None = None  # not computed yet
-        parts = [Sums.zeros(len(prior), prior.shape[1], prior.device) for _ in range(2)]
-        for family, own in ((families[place], candidates[place]) for place in places):
-            # With a gate of the shared expert, neurons have other factors than in a condensed layer.
-            before = gated
-            gated = family.routed is not None and examples.block.shared_gate is not None
-            parts = _with_targets(examples, mlp, parts, family.routed, with_products=gated != before)
-            if family.routed is not None:
-                family.routed.release()
-            else:
-                target = float(parts[1].size.clamp_min(1e-30))
-            order = _ordered(parts[0], torch.searchsorted(union, own) + given, given, family, by_least_squares)
-            fits = fits_along(order, [given + width for width in family.widths], parts[0], parts[1], prior)
+        for place, (fit, held_out) in zip(places, _sums(examples, mlp, [families[i] for i in places]), strict=True):
+            family = families[place]
+            own = torch.searchsorted(union, candidates[place]) + given
+            order = _ordered(fit, own, given, family, by_least_squares)
+            fits = fits_along(order, [given + width for width in family.widths], fit, held_out, prior)
+            if widest is None:
+                target = float(held_out.size.clamp_min(1e-30))
+                widest = _condensed(examples, pool, union[order[given:] - given], fits.last)
             errors = [float(f"{error / target:.6g}") for error in fits.errors]
             curves.append(Curve(len(family.stay), family.parameters, family.widths, errors))
-            if widest is None:
-                widest = _condensed(examples, pool, union[order[given:] - given], fits.last)
     assert widest is not None
     return curves, widest
 
 
-def _together(candidates: Sequence[Tensor]) -> list[list[int]]:
-    """Divide families, in their order, into groups whose sums fit into memory together."""
+def _together(candidates: Sequence[Tensor], families: Sequence[Family], block: SparseBlock) -> list[list[int]]:
+    """Divide families, in their order, into groups with the same activations whose sums fit into memory together."""
     groups: list[list[int]] = [[]]
     union = candidates[0][:0]
     for place, own in enumerate(candidates):
         both = torch.cat([union, own]).unique()
-        if groups[-1] and len(both) > _MOST_CANDIDATES:
+        size = 16 * len(both) * (len(both) + block.hidden_size * (len(groups[-1]) + 1))
+        # With a gate of the shared expert, neurons beside a router have other factors than in a condensed layer.
+        other = block.shared_gate is not None and families[place - 1].routed is None
+        if groups[-1] and (other or size > _MOST_BYTES):
             groups.append([])
             both = own
         groups[-1].append(place)
@@ -138,41 +132,31 @@ def _ordered(sums: Sums, places: Tensor, given: int, family: Family, by_least_sq
     return torch.cat([first, places[:number]])
 
 
-def _with_targets(
-    examples: LayerExamples, mlp: CondensedMLP, parts: Sequence[Sums], routed: Routed | None, with_products: bool
-) -> list[Sums]:
-    """Sum over tokens to fit on and held-out tokens, for the target without the output of the routed experts.
+def _sums(examples: LayerExamples, mlp: CondensedMLP, families: Sequence[Family]) -> Iterator[tuple[Sums, Sums]]:
+    """Yield the sums of families over tokens to fit on, and over held-out tokens. They share products of activations.
 
     Args:
         examples (`LayerExamples`): The layer.
-        mlp (`CondensedMLP`): The candidates, as a condensed layer.
-        parts (`Sequence[Sums]`): Known sums, for the products of activations.
-        routed (`Routed`, *optional*): The experts that stay.
-        with_products (`bool`): Whether the products are summed again.
+        mlp (`CondensedMLP`): The candidates of all families, as a condensed layer.
+        families (`Sequence[Family]`): The families. Their targets are what their routed experts do not give.
     """
-    parts = [
-        Sums(
-            torch.zeros_like(part.products) if with_products else part.products,
-            torch.zeros_like(part.with_target),
-            torch.zeros_like(part.size),
-        )
-        for part in parts
-    ]
+    width, features = mlp.intermediate_size + int(mlp.down_proj.bias is not None), mlp.hidden_size
+    device = mlp.down_proj.weight.device
+    found = [Sums.zeros(width, len(families) * features, len(families), device) for _ in range(2)]
     for pair in examples.both():
-        for sums, example in zip(parts, pair, strict=True):
-            for some in example.split(mlp.intermediate_size):
-                inner, missing = _regressors(mlp, some.inputs, routed), some.target.double()
-                if routed is not None:
-                    missing = missing - routed(some.inputs).double()
-                weighted = inner * some.weights.double()[:, None]
-                if with_products:
-                    sums.products.addmm_(weighted.T, inner)
-                sums.with_target.addmm_(weighted.T, missing)
-                sums.size.add_((missing.square().sum(1) * some.weights.double()).sum())
-    for sums in parts:
-        own = (sums.products,) if with_products else ()
-        examples.processes.add_up(*own, sums.with_target, sums.size)
-    return parts
+        for sums, example in zip(found, pair, strict=True):
+            for some in example.split(mlp.intermediate_size + len(families) * features):
+                targets = torch.cat([_missing(family, some) for family in families], 1)
+                sums.add(_regressors(mlp, some.inputs, families[0].routed), targets, some.weights.double())
+    for sums in found:
+        examples.processes.add_up(sums.products, sums.with_target, sums.size)
+    yield from zip(*(sums.apart() for sums in found), strict=True)
+
+
+def _missing(family: Family, example: Example) -> Tensor:
+    """Compute what the routed experts do not give, float64 `[T, H]`."""
+    target = example.target.double()
+    return target if family.routed is None else target - family.routed(example.inputs).double()
 
 
 def _regressors(mlp: CondensedMLP, inputs: Tensor, routed: Routed | None) -> Tensor:

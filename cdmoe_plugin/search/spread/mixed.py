@@ -90,21 +90,15 @@ class StayingExperts:
     def __init__(self, block: SparseBlock, stay: Sequence[int]) -> None:
         self.block = block
         self.stay = stay
-        self._layer: MixedLayer | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute their output for inputs `[T, H]`, with that of a bias of the block, float32 `[T, H]`."""
-        if self._layer is None:
-            shared = None if self.block.shared is None else fold_beside(self.block, [], [])
-            self._layer = MixedLayer(self.block, self.stay, shared)
-        return self._layer.routed_output(x)
+        # Copies of the experts of all forms would need more memory than the layer; copying is cheap beside the rest.
+        shared = None if self.block.shared is None else fold_beside(self.block, [], [])
+        return MixedLayer(self.block, self.stay, shared).routed_output(x)
 
     @torch.no_grad()
     def gate(self, x: Tensor) -> Tensor | None:
         """Compute the factor of all dense neurons, the gate of the shared expert, `[T, 1]`; None without one."""
         gate = self.block.shared_gate
         return None if gate is None else torch.sigmoid(gate(x).float())
-
-    def release(self) -> None:
-        """Free the copies of the experts."""
-        self._layer = None
