@@ -41,11 +41,13 @@ def auto_class(config: PreTrainedConfig, trust_remote_code: bool | None = None) 
     """
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
-    found = {
+    # The truth value of a mapping would import the models of all types.
+    mappings = {
         name: auto
         for name, auto in vars(modeling_auto).items()
-        if name.startswith("AutoModel") and type(config) in (getattr(auto, "_model_mapping", None) or ())
+        if name.startswith("AutoModel") and getattr(auto, "_model_mapping", None) is not None
     }
+    found = {name: auto for name, auto in mappings.items() if type(config) in auto._model_mapping}
     published = (config.architectures or [""])[0]
     usual = ("AutoModelForCausalLM", *MULTIMODAL)
     for name in dict.fromkeys([*usual, *found]):

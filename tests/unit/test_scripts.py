@@ -63,6 +63,22 @@ sys.exit(code)
     assert "\n  cdmoe " in done.stdout
 
 
+def test_estimate_imports_one_architecture(tmp_path: Path) -> None:
+    """transformers has hundreds, whose modules take seconds to import."""
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    program = f"""
+import sys
+from cdmoe_plugin.scripts.main import main
+assert main(["estimate", "--model_name_or_path", {str(tmp_path)!r}, "--num_layers", "1", "--num_experts", "1"]) == 0
+print(*(name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.splitlines()[-1].split()
+    assert "transformers.models.qwen2_moe.modeling_qwen2_moe" in imported
+    assert len(imported) < 20, imported
+
+
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     assert run("condens") == 2
