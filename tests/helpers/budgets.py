@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ AUTO = CondenseConfig(num_layers=3, num_experts="auto", expert_budget=6, batch_s
 EXPERT = 3 * 32 * 16  # parameters of a tiny model's routed expert
 
 
+@cache
 def helpful(model_type: str, seed: int = 3, **overrides: Any) -> PreTrainedModel:
-    """Every token takes every expert, nearly alike: each one kept brings the layer nearer, in some layers much more."""
+    """Every token takes every expert, nearly alike: each one kept brings the layer nearer, in some layers much more.
+
+    Not to be changed.
+    """
     model = tiny_model(model_type, seed=seed, num_experts=6, top_k=6, **overrides)
     generator = torch.Generator().manual_seed(seed)
     for block in naive.sparse_blocks(model).values():

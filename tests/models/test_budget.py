@@ -42,11 +42,18 @@ def measured(model: PreTrainedModel, chosen: Mapping[int, naive.Choice]) -> floa
         return naive.distance("js", target, naive.run(double, SEQUENCES, "hidden"))
 
 
+@cache
+def searched(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The gates and the greedy orders of a naive search, of which a shallower one finds the first experts."""
+    gates = naive.naive_gates(model, SEQUENCES)
+    return gates, naive.naive_expert_search(model, SEQUENCES, gates, 6, "js")
+
+
 CASES = [("helpful", name) for name in ("qwen2_moe", "deepseek_v3", "mixtral")]
 CASES += [("random", name) for name in ("qwen2_moe", "mixtral", "deepseek_v3")]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("kind", "model_type"), CASES)
 def test_never_worse_than_the_same_number_for_all(kind: str, model_type: str, seed: int) -> None:
     model = helpful(model_type, seed) if kind == "helpful" else tiny_model(model_type, seed=seed, num_experts=6)
@@ -80,12 +87,11 @@ def test_spread_is_no_matter_of_course() -> None:
 @pytest.mark.parametrize("budget", [2, 5, 8])
 def test_the_naive_spread(layers: list[int] | None, budget: int) -> None:
     """Greedy orders, effects alone, all allocations, and the better one of two, computed again."""
-    model = helpful("qwen2_moe", seed=1)
+    model = helpful("qwen2_moe", 1)
     number, order = (3, None) if layers is None else (2, layers)
     k = budget // number
-    gates = naive.naive_gates(model, SEQUENCES)
     depth = min(6, budget, 3 * -(-budget // number))
-    found = naive.naive_expert_search(model, SEQUENCES, gates, depth, "js")
+    gates, found = searched(model)
 
     def choose(numbers: Mapping[int, int]) -> dict[int, naive.Choice]:
         return {i: (found[i].order[:n], [gates[i][e] for e in found[i].order[:n]]) for i, n in numbers.items()}
@@ -112,7 +118,7 @@ def test_the_naive_spread(layers: list[int] | None, budget: int) -> None:
 
 @pytest.mark.parametrize("wishes", [{"layer_selection": "local"}, {"layer_selection": "global"}, {"metric": "ppl"}])
 def test_with_other_methods(wishes: dict[str, Any]) -> None:
-    model = helpful("qwen2_moe", seed=1)
+    model = helpful("qwen2_moe", 1)
     plan = search_plan(model, replace(AUTO, **wishes), calibration=SEQUENCES)
     uniform = search_plan(model, replace(AUTO, num_experts=2, expert_budget=None, **wishes), calibration=SEQUENCES)
     assert [row.layer for row in plan.layers] == [row.layer for row in uniform.layers]

@@ -50,7 +50,7 @@ def test_resumes_to_the_same_plan(layers: list[int] | None, tmp_path: Path, monk
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
 def test_checkpoints_tables_and_dry_runs(model_type: str, tmp_path: Path) -> None:
-    model = helpful(model_type, seed=1)
+    model = copy.deepcopy(helpful(model_type, seed=1))
     model.save_pretrained(tmp_path / "sparse")
     config = replace(AUTO, expert_budget=4)
     plan = search_plan(model, config, calibration=SEQUENCES)
@@ -76,7 +76,7 @@ def test_checkpoints_tables_and_dry_runs(model_type: str, tmp_path: Path) -> Non
 
 
 def test_bytes_are_counted_in_the_dtype_that_is_loaded(tmp_path: Path) -> None:
-    helpful("qwen2_moe").bfloat16().save_pretrained(tmp_path)
+    copy.deepcopy(helpful("qwen2_moe")).bfloat16().save_pretrained(tmp_path)
     config = replace(AUTO, expert_budget=f"{18 * EXPERT * 3}B")  # all experts have two thirds of it, or four thirds
     with pytest.raises(
         ValueError, match="`expert_budget` is 82,944 bytes, but all routed experts of 3 layers are 55,296"
@@ -101,7 +101,7 @@ def test_a_plan_that_is_not_what_the_config_says(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("refit", ["down_proj", "distill"])
 def test_refit_of_layers_with_and_without_experts(refit: str) -> None:
-    model = helpful("mixtral", seed=1)
+    model = copy.deepcopy(helpful("mixtral", seed=1))
     config = replace(AUTO, expert_budget=7, refit=refit, refit_steps=3)
     plan = search_plan(model, config, calibration=SEQUENCES)
     assert 0 in [len(row.experts) for row in plan.layers]

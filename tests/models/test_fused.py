@@ -27,7 +27,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_compiled_or_not(on_the_cpu: None, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("qwen2_moe")
-    config = CondenseConfig(num_layers=3, num_experts=3, batch_size=2)
+    config = CondenseConfig(layers=[1, 2], num_experts=3, batch_size=2)
     fused = search_plan(model, config, calibration=random_ids(5))
     assert "can't be compiled" not in caplog.text
     comparison._FUSED.clear()
