@@ -17,6 +17,7 @@ from cdmoe_plugin.registry import EXPERT_SELECTIONS
 from tests.helpers import naive
 from tests.helpers.budgets import AUTO, EXPERT, SEQUENCES, helpful
 from tests.helpers.models import build
+from tests.helpers.naive import close
 from tests.helpers.naive_methods import naive_own_divergences
 from tests.helpers.tiny_models import tiny_model
 
@@ -66,7 +67,7 @@ def test_never_worse_than_the_same_number_for_all(kind: str, model_type: str, se
         assert plan.layer_divergences == uniform.layer_divergences
         for count in (1, 3):  # `score` is true along the order
             divergence = measured(model, choices(plan.layers[:count]))
-            assert plan.layers[count - 1].score == pytest.approx(divergence, rel=1e-4)
+            assert plan.layers[count - 1].score == close(divergence)
         better = measured(model, choices(uniform.layers)) - divergence
         assert better > 0 or same(plan, uniform)
 
@@ -113,7 +114,7 @@ def test_the_naive_spread(layers: list[int] | None, budget: int) -> None:
     plan = search_plan(model, replace(AUTO, layers=layers, expert_budget=budget), calibration=SEQUENCES)
     assert {row.layer: len(row.experts) for row in plan.layers} == expected
     assert {row.layer: row.experts for row in plan.layers} == {i: c[0] for i, c in choose(expected).items()}
-    assert plan.layers[-1].score == pytest.approx(measured(model, choose(expected)), rel=1e-4)
+    assert plan.layers[-1].score == close(measured(model, choose(expected)))
 
 
 @pytest.mark.parametrize("wishes", [{"layer_selection": "local"}, {"layer_selection": "global"}, {"metric": "ppl"}])

@@ -19,6 +19,7 @@ from cdmoe_plugin.search.experts.pl_alpha_hill import pl_alpha_hill
 from cdmoe_plugin.search.order import ascending
 from tests.helpers import naive
 from tests.helpers.models import build
+from tests.helpers.naive import close
 from tests.helpers.naive_methods import (
     naive_alpha,
     naive_expert_order,
@@ -73,7 +74,7 @@ def test_order_and_divergences_are_the_naive_ones(model_type: str, method: str) 
         assert row.gates == pytest.approx([gates[e] for e in row.experts], rel=0, abs=1e-6)
         choice = (row.experts, [gates[e] for e in row.experts])
         scores = naive_own_divergences(varied(model_type), SEQUENCES, "js", row.layer, choice)
-        assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=1e-12)
+        assert row.expert_scores == close(scores)
         seen = naive_frequency(naive.naive_double(varied(model_type)), SEQUENCES, row.layer)
         assert row.tokens == [-seen[e] for e in row.experts]
 
@@ -88,7 +89,7 @@ def test_layers_that_do_more_with_their_block(model_type: str, method: str) -> N
     for row in search_plan(model, config, calibration=SEQUENCES[:3]).layers:
         choice = (row.experts, row.gates)
         scores = naive_own_divergences(model, SEQUENCES[:3], "js", row.layer, choice)
-        assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=0)
+        assert row.expert_scores == close(scores)
 
 
 @pytest.mark.parametrize("method", ["l1", "pl_alpha_hill"])
@@ -147,7 +148,7 @@ def test_orders_are_nested(method: str) -> None:
         fewer = search("qwen2_moe", method, num_experts=number)
         for row, full in zip(fewer.layers, plan.layers, strict=True):
             assert row.experts == full.experts[:number]
-            assert row.expert_scores == pytest.approx(full.expert_scores[: number + 1], rel=1e-5)
+            assert row.expert_scores == close(full.expert_scores[: number + 1])
 
 
 def test_orders_are_no_matter_of_course() -> None:
@@ -192,7 +193,7 @@ def test_pieces_and_batches_do_not_matter(method: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(spectrum, "_GRAM_ELEMENTS", 16 * 16 * 2)
     for row, whole in zip(search("qwen2_moe", method, batch_size=5).layers, plan.layers, strict=True):
         assert row.experts == whole.experts
-        assert row.expert_scores == pytest.approx(whole.expert_scores, rel=1e-5, abs=1e-12)
+        assert row.expert_scores == close(whole.expert_scores)
 
 
 @pytest.mark.parametrize("method", METHODS)

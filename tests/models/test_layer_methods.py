@@ -26,6 +26,7 @@ from cdmoe_plugin.search.layers.variants import ModelVariants
 from cdmoe_plugin.search.state import SearchState
 from tests.helpers.interrupting import Interrupted, interrupting
 from tests.helpers.models import build
+from tests.helpers.naive import close
 from tests.helpers.naive_methods import naive_distance, naive_own_divergences, naive_perplexities, order_of
 from tests.helpers.tiny_models import random_ids, tiny_model
 
@@ -84,7 +85,7 @@ def test_order_and_scores_are_the_naive_ones(selection: str, metric: str, compar
         own = naive_own_divergences(
             model(), SEQUENCES, "js" if metric == "ppl" else metric, row.layer, choices()[row.layer]
         )
-        assert row.expert_scores == pytest.approx(own, rel=1e-4)
+        assert row.expert_scores == close(own)
     if selection == "local":
         assert plan.layer_divergences is None
         assert [row.expert_scores[-1] for row in plan.layers] == sorted(row.expert_scores[-1] for row in plan.layers)
@@ -108,7 +109,7 @@ def test_orders_are_nested(selection: str) -> None:
         assert replace(smaller, layers=cut.layers) == cut
         for mine, its in zip(smaller.layers, cut.layers, strict=True):
             # How many variants of the model run as one batch, the last bits depend on.
-            assert mine.score == pytest.approx(its.score, rel=1e-6)
+            assert mine.score == close(its.score)
             assert replace(mine, score=None) == replace(its, score=None)
 
 

@@ -18,6 +18,7 @@ from cdmoe_plugin.registry import EXPERT_SELECTIONS, METRICS
 from cdmoe_plugin.search.experts import comparison
 from tests.helpers import naive
 from tests.helpers.models import build
+from tests.helpers.naive import close
 from tests.helpers.records import Record
 from tests.helpers.states import state_of
 from tests.helpers.tiny_models import available, random_ids, tiny_model
@@ -38,10 +39,10 @@ def reference(model_type: str, norm: bool | None, metric: str, compare: str) -> 
     return gates, experts, naive.naive_layer_search(model, SEQUENCES, choices, 3, metric, compare)
 
 
-def same_steps(found: list[dict[int, float]], expected: list[dict[int, float]], atol: float = 0) -> None:
+def same_steps(found: list[dict[int, float]], expected: list[dict[int, float]]) -> None:
     assert [list(step) for step in found] == [list(step) for step in expected]  # the candidates
     for step, other in zip(found, expected, strict=True):
-        assert step == pytest.approx(other, rel=1e-4, abs=atol)
+        assert step == close(other)
 
 
 def check(plan: CondensePlan, record: Record, *case: Any) -> None:
@@ -51,11 +52,11 @@ def check(plan: CondensePlan, record: Record, *case: Any) -> None:
         found = {e: float(g) for e, g in enumerate(record.gates[layer]) if not g.isnan()}
         assert found == pytest.approx(expected, rel=0, abs=1e-6)
         assert record.experts[layer].experts == experts[layer].order
-        assert record.experts[layer].scores == pytest.approx(experts[layer].scores, rel=1e-4, abs=0)
+        assert record.experts[layer].scores == close(experts[layer].scores)
         same_steps(record.experts[layer].steps, experts[layer].steps)
     assert [row.layer for row in plan.layers] == record.layers[0].layers == layers.order
     assert [row.score for row in plan.layers] == record.layers[0].scores
-    assert record.layers[0].scores == pytest.approx(layers.scores[1:], rel=1e-4, abs=0)
+    assert record.layers[0].scores == close(layers.scores[1:])
     same_steps(record.layers[0].rounds, layers.steps)
     assert plan.layer_divergences == record.layers[0].rounds[0]
     for row in plan.layers:
@@ -105,13 +106,12 @@ def test_layers_that_do_more_with_their_block(model_type: str, metric: str, reco
     plan = search_plan(model, config, calibration=SEQUENCES[:3])
     gates = {layer: dict(enumerate(found.tolist())) for layer, found in record.gates.items()}
     experts = naive.naive_expert_search(model, SEQUENCES[:3], gates, 2, metric)
-    atol = 1e-8 if model_type == "inkling2_text" else 0  # parts of it compute in float32, in the reference too
     for layer, search in experts.items():
-        assert record.experts[layer].scores == pytest.approx(search.scores, rel=1e-4, abs=atol)
-        same_steps(record.experts[layer].steps, search.steps, atol)
+        assert record.experts[layer].scores == close(search.scores)
+        same_steps(record.experts[layer].steps, search.steps)
     choices = {layer: (search.order, [gates[layer][e] for e in search.order]) for layer, search in experts.items()}
     layers = naive.naive_layer_search(model, SEQUENCES[:3], choices, 2, metric, "hidden")
-    same_steps(record.layers[0].rounds, layers.steps, atol)
+    same_steps(record.layers[0].rounds, layers.steps)
     assert [row.layer for row in plan.layers] == layers.order
 
 

@@ -1,9 +1,10 @@
-"""recipes/benchmarks/inference_speed.py, search_speed.py and memory.py at tiny sizes, and the numbers they count."""
+"""The benchmarks of speed and memory in recipes/benchmarks/ at tiny sizes, and the numbers they count."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
 import sys
 from itertools import combinations, product
@@ -30,7 +31,7 @@ def bench() -> Any:
     """The scripts, which are in no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        names = ("common", "inference_speed", "search_speed", "memory")
+        names = ("common", "inference_speed", "search_speed", "memory", "reading_ahead")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -216,6 +217,27 @@ def test_memory_of_opening(bench: Any, tmp_path: Path, capsys: pytest.CaptureFix
     assert found["checkpoint"] == 2 * model.num_parameters()
     for run in found["ways"].values():
         assert run["resident"] >= run["anonymous"] > 0
+
+
+def test_reading_ahead(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dropped: list[str] = []
+    drop = bench.reading_ahead.drop
+
+    def noting(files: Any) -> None:
+        files = list(files)
+        dropped.extend(Path(file).name for file in files)
+        drop(files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.reading_ahead, "drop", noting)
+        sizes = ["--hidden_size=128", "--num_layers=3", "--experts=8", "--condensed=1", "--kept=1", "--samples=2"]
+        bench.reading_ahead.main([*sizes, "--length=16", "--repeats=1", f"--folder={tmp_path}"])
+    said = capsys.readouterr().out
+    assert list(read_table(said, "search and condensing")) == ["in turn", "read ahead"]
+    assert re.search(r"\nratio: [0-9.]+ \(", said)
+    assert {f"model-{i}.safetensors" for i in range(3)} <= set(dropped)
+    assert len(dropped) > 4 * 4  # beside all four files at the beginning of four runs
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_in_proportion(bench: Any) -> None:

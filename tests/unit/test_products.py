@@ -13,6 +13,7 @@ from cdmoe_plugin import CondenseConfig, CondensePlan, search_plan
 from cdmoe_plugin.search.experts import gram as products
 from cdmoe_plugin.search.experts.gram import SquaredErrors
 from tests.helpers.models import build
+from tests.helpers.naive import close
 from tests.helpers.naive_methods import naive_own_divergences
 from tests.helpers.records import Record, record
 from tests.helpers.tiny_models import available, random_ids, tiny_model
@@ -73,7 +74,7 @@ def test_same_as_by_comparing_outputs(
     ]
     for layer, order in record.experts.items():
         assert fast[layer].experts == order.experts
-        assert fast[layer].scores == pytest.approx(order.scores, rel=1e-5, abs=0)
+        assert fast[layer].scores == close(order.scores)
         for step, other in zip(fast[layer].steps, order.steps, strict=True):
             assert step == pytest.approx(other, rel=1e-5, abs=0)
 
@@ -82,7 +83,7 @@ def test_divergences_are_the_naive_ones(used: list[bool]) -> None:
     model = made("deepseek_v3")
     for row in search(model, replace(CONFIG, layers=[1, 2])).layers:
         scores = naive_own_divergences(model, SEQUENCES, "mse", row.layer, (row.experts, row.gates))
-        assert row.expert_scores == pytest.approx(scores, rel=1e-4, abs=0)
+        assert row.expert_scores == close(scores)
     assert used == [True, True]
 
 
@@ -107,7 +108,7 @@ def test_no_experts_and_half_precision(used: list[bool]) -> None:
     half = model.bfloat16()
     for row, other in zip(search(half).layers, plainly(half).layers, strict=True):
         assert row.experts == other.experts
-        assert row.expert_scores == pytest.approx(other.expert_scores, rel=1e-5)
+        assert row.expert_scores == close(other.expert_scores)
 
 
 @pytest.mark.parametrize("twins", [(0, 4), (1, 3)])
