@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: threads that spin while they wait for each other slow training down ten times or more when
-# another program runs beside it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KMP_BLOCKTIME", "0")
+# Before torch is imported: threads that spin for long while they wait for each other slow training down many times when
+# another program runs beside it, and threads that never spin use little more than one core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from tiny_moe import train_or_load, write_training_data
@@ -33,7 +32,7 @@ from cdmoe_plugin import CondenseConfig, condense_pretrained, search_plan
 from cdmoe_plugin.cards.plots import plot_layer_divergences
 from cdmoe_plugin.cards.tables import format_table, plan_table
 
-DATA = {"num_samples": 64, "max_length": 256}
+DATA = {"num_samples": 48, "max_length": 256}
 PAPER = CondenseConfig.paper(num_layers=4, num_experts=4, **DATA)
 
 
@@ -98,7 +97,7 @@ def main() -> None:
     condensed.save_pretrained(folders["condensed as in the paper"])
 
     print("Choosing what becomes of every layer at the same size, and fitting the layers that change ...")
-    size = CondenseConfig.best(target_size=f"{condensed.num_parameters()} params", **DATA)
+    size = CondenseConfig.best(target_size=f"{condensed.num_parameters()} params", refit_steps=200, **DATA)
     best = condense_pretrained(folders["sparse"], size, calibration=texts)
     best.save_pretrained(folders["best of that size"])
     write_training_data(args.output_dir / "data")  # for `cdmoe recover`

@@ -46,7 +46,7 @@ MODELS = {
     "deepseek": {**_SIZES, "n_routed_experts": 32, "n_shared_experts": 2, "first_k_dense_replace": 0},
     "qwen2_moe": {**_SIZES, "num_experts": 32, "shared_expert_intermediate_size": 128},
 }
-TRAINING = {"steps": 900, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
+TRAINING = {"steps": 650, "batch_size": 8, "length": 128, "learning_rate": 3e-3, "beta2": 0.99, "aux_loss": 0.01}
 
 
 def corpus() -> tuple[list[str], list[str]]:
@@ -156,7 +156,7 @@ def train_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], architectu
     # On a CPU the loop over experts is many times slower than grouped products.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=TRAINING["learning_rate"], betas=(0.9, TRAINING["beta2"]), weight_decay=0.1
+        model.parameters(), lr=TRAINING["learning_rate"], betas=(0.9, TRAINING["beta2"]), weight_decay=0.1, fused=True
     )
     steps = int(TRAINING["steps"])
     schedule = cosine_schedule(optimizer, num_warmup_steps=50, num_training_steps=steps)

@@ -93,9 +93,9 @@ def fits_along(order: Tensor, numbers: Sequence[int], fit: Sums, held_out: Sums,
     scale = fit.products.diagonal().mean().clamp_min(1e-30) if len(order) else fit.size
     for strength in STRENGTHS if len(order) else ():
         ridge = strength * scale
-        system = fit.products.clone()
-        system.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(system)
+        factor = fit.products.clone()
+        factor.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(factor)
         # The coefficients of the first n regressors are the solution of factor[:n, :n]^T B = half[:n].
         half = torch.linalg.solve_triangular(factor, fit.with_target + ridge * prior, upper=False)
         found = _errors(held_out.over(factor), numbers, half)
@@ -109,7 +109,7 @@ def _errors(sums: Sums, numbers: Sequence[int], coefficients: Tensor) -> Tensor:
     """Compute `sum w (y - a B)²` for the first n rows of coefficients B `[W, H]` and regressors, for several n."""
     explained = (coefficients * sums.with_target).sum(1)
     # The quadratic form of the first n is a sum over the first n rows and columns; of its lower triangle, over rows.
-    squares = (sums.products * (coefficients @ coefficients.T)).tril_()
+    squares = (coefficients @ coefficients.T).mul_(sums.products).tril_()
     squares = 2 * squares.sum(1) - squares.diagonal()
     along = torch.cat([explained.new_zeros(1), (squares - 2 * explained).cumsum(0)])
     return sums.size + along[torch.tensor(numbers, device=along.device)]
