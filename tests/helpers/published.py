@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from tests.helpers.tiny_models import tiny_model
 
 Tensors = dict[str, Tensor]
+Pair = tuple[Path, Path]  # a quantised checkpoint and the plain one
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 # Of DeepSeek-V3: what a shard holds is not sorted by layers.
 SHARDS = 3
@@ -207,3 +209,25 @@ def bitsandbytes(folder: Path, **kind: Any) -> tuple[Path, Path]:
     other = tiny_model("qwen2_moe", dtype=torch.bfloat16, num_layers=3, dense_width=128, **wide)
     other.load_state_dict(whole.state_dict())
     return folder, plain(folder.with_name(f"{folder.name}-plain"), other)
+
+
+def beside(folder: Path) -> Path:
+    """A checkpoint whose decoder layer 0 is dense, with other layers that are called like decoder layers."""
+    tiny_model("qwen2_moe", num_layers=4).save_pretrained(folder)
+    tensors = read(folder)
+    extra = {}
+    for place in ("mtp.layers.0.", "visual.blocks.1.", "audio_tower.encoder.layers.2.", "model.layers.4."):
+        extra |= {key.replace("model.layers.3.", place): tensors[key] + 1 for key in tensors if "layers.3." in key}
+    fields = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1}
+    return write(folder, {**extra, **tensors}, config_of(folder) | fields)
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+QUANTISED: dict[str, Callable[[Path], Pair]] = {
+    "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
+    "qwen_fp8": qwen_fp8,
+    "static_fp8": static_fp8,
+    "nf4": partial(bitsandbytes, **NF4),
+    "int8": partial(bitsandbytes, load_in_8bit=True),
+}

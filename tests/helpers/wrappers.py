@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers.tiny_models import ROPE, _randomize, tiny_config
 
@@ -71,24 +71,22 @@ def _glm_pixels() -> dict[str, Any]:
     }
 
 
-_QWEN_VISION = {
+_VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_heads": 2,
     "depth": 2,
     "out_hidden_size": 32,
     "patch_size": 4,
+}
+_QWEN_VISION = {
+    **_VISION,
     "spatial_merge_size": 1,
     "temporal_patch_size": 1,
     "num_position_embeddings": 16,
 }
 _GLM_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "depth": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
+    **_VISION,
     "image_size": 16,
 }
 _PLAIN_VISION = {
@@ -376,3 +374,13 @@ def image_inputs(model_type: str) -> dict[str, Tensor]:
     ids = torch.tensor([[5, 9, 12, *[IMAGE] * tokens, 33, 7, 60, 41, 88]])
     made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return made | ({"mm_token_type_ids": (ids == IMAGE).long()} if typed else {})
+
+
+def has_text_model(model_type: str) -> bool:
+    """Whether transformers opens the text part of a wrapper as a model of its own."""
+    return type(wrapper_config(model_type).get_text_config()) in AutoModelForCausalLM._model_mapping
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    return model(**inputs).logits

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 from functools import cache
 from pathlib import Path
@@ -18,9 +17,8 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from cdmoe_plugin import (
     CondenseConfig,
@@ -37,13 +35,19 @@ from cdmoe_plugin.blocks import UnsupportedModelError, decoder_layers, decoder_o
 from cdmoe_plugin.calibration import calibration_for
 from cdmoe_plugin.decoder.stream import LayerStream
 from cdmoe_plugin.decoder.whole import searching
-from cdmoe_plugin.estimate import dry_run
-from cdmoe_plugin.export.check import check_export
-from cdmoe_plugin.loading.auto import text_config
 from cdmoe_plugin.loading.processing import save_processing
 from tests.helpers.models import make_uniform
+from tests.helpers.published import read
 from tests.helpers.tiny_models import ARCHITECTURES, random_ids
-from tests.helpers.wrappers import REFUSED_WRAPPERS, WRAPPERS, image_inputs, tiny_wrapper, wrapper_config
+from tests.helpers.wrappers import (
+    REFUSED_WRAPPERS,
+    WRAPPERS,
+    has_text_model,
+    image_inputs,
+    logits,
+    tiny_wrapper,
+    wrapper_config,
+)
 
 TABLE = Path(__file__).parents[2] / "docs" / "multimodal.md"
 TABLE_VERSION = "5.23"
@@ -62,15 +66,6 @@ def pictures(model_type: str, number: int = 3) -> Dataset:
         row["input_ids"][:, -1] += i
         rows.append({name: value.tolist() for name, value in row.items()})
     return Dataset.from_list(rows)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    return model(**inputs).logits
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @cache
@@ -220,7 +215,7 @@ def test_a_checkpoint_is_saved_whole(model_type: str, tmp_path: Path) -> None:
     model = condense_pretrained(base_dir, searched, calibration=IDS)
     assert isinstance(model, WRAPPERS[model_type].model_class)
     model.save_pretrained(folder)
-    base, saved = tensors(base_dir), tensors(folder)
+    base, saved = read(base_dir), read(folder)
     layer = f".{searched.layers[0]}."  # type: ignore[index]
     assert {name for name in base if layer not in name} == {name for name in saved if layer not in name}
     kept = base.keys() & saved.keys()
@@ -329,93 +324,6 @@ def test_processor_files_are_copied(tmp_path: Path) -> None:
     shutil.rmtree(source)
 
 
-# --- the text model alone ---
-
-# Named "model.language_model" and "language_model" on disk, and in a way of its own.
-TEXT_ONLY = ["qwen3_5_moe", "gemma4", "llama4", "llava", "inkling2", "kimi_k25", "nemotron_h_omni"]
-
-
-@pytest.mark.parametrize("model_type", WRAPPERS)
-def test_text_models_of_their_own(model_type: str) -> None:
-    if _has_text_model(model_type):
-        assert text_config("folder", wrapper_config(model_type)).model_type == WRAPPERS[model_type].text
-    else:
-        with pytest.raises(UnsupportedModelError, match="as a model of its own"):
-            text_config("folder", wrapper_config(model_type))
-
-
-def _has_text_model(model_type: str) -> bool:
-    return type(wrapper_config(model_type).get_text_config()) in AutoModelForCausalLM._model_mapping
-
-
-@pytest.mark.parametrize("model_type", TEXT_ONLY)
-def test_text_only(model_type: str, tmp_path: Path) -> None:
-    sparse, inputs = tiny_wrapper(model_type), {"input_ids": torch.tensor(IDS[:1])}
-    sparse.save_pretrained(tmp_path / "base")
-    expected = logits(apply_plan(sparse, PLAN), **inputs)
-    for name, kwargs in {"plan": {}, "disk": {"offload_folder": tmp_path / "offload"}}.items():
-        model = condense_pretrained(tmp_path / "base", plan=PLAN, text_only=True, **kwargs)
-        assert model.config.get_text_config() is model.config
-        assert type(model.config).model_type == f"cdmoe_{WRAPPERS[model_type].text}"
-        torch.testing.assert_close(logits(model, **inputs), expected)
-        model.save_pretrained(tmp_path / name)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert type(again) is type(model)
-        torch.testing.assert_close(logits(again, **inputs), expected)
-        assert not any("language_model" in name or "vis" in name for name in tensors(tmp_path / name))
-        card = (tmp_path / name / "README.md").read_text()
-        assert "only the text model of the multimodal base model" in card
-        assert "--text_only true" in card
-    found = condense_pretrained(tmp_path / "base", CondenseConfig(1, 2, layers=[3]), calibration=IDS, text_only=True)
-    assert found.condense_plan.model.model_type == WRAPPERS[model_type].text
-
-
-def test_text_only_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tiny_wrapper("qwen3_5_moe").save_pretrained(tmp_path)
-    for name in ("transformers", "cdmoe_plugin"):
-        logging.getLogger(name).propagate = True
-    transformers.utils.logging.warning_once.cache_clear()
-    condense_pretrained(tmp_path, plan=PLAN, text_only=True)
-    assert "only the text model (qwen3_5_moe_text) is condensed and saved" in caplog.text
-
-
-def test_text_only_where_it_does_not_apply(tmp_path: Path) -> None:
-    tiny_wrapper("qwen3_vl_moe").save_pretrained(tmp_path / "qwen")
-    with pytest.raises(UnsupportedModelError, match=r"`text_only` does not work for model type 'qwen3_vl_moe'"):
-        condense_pretrained(tmp_path / "qwen", plan=PLAN, text_only=True)
-    text = condense_pretrained(_saved(tmp_path / "llama4", "llama4"), plan=PLAN, text_only=True)
-    config = text.config.__class__.__mro__[1](**{k: v for k, v in text.config.to_dict().items() if k != "model_type"})
-    config.save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="is a text model already"):
-        condense_pretrained(tmp_path / "text", plan=PLAN, text_only=True)
-    with pytest.raises(ValueError, match="not to a loaded model"):
-        condense_pretrained(tiny_wrapper("llama4"), plan=PLAN, text_only=True)
-
-
-def _saved(folder: Path, model_type: str) -> Path:
-    tiny_wrapper(model_type).save_pretrained(folder)
-    return folder
-
-
-def test_sizes_of_the_whole_and_of_the_text_model(tmp_path: Path) -> None:
-    model = tiny_wrapper("gemma4")
-    model.save_pretrained(tmp_path)
-    whole, text = (dry_run(tmp_path, PLAN, text_only=alone) for alone in (False, True))
-    assert f"{model.num_parameters():,}" in whole
-    assert f"{model.num_parameters():,}" not in text
-    with pytest.raises(UnsupportedModelError, match="part of a larger model"):
-        check_export(tmp_path, PLAN)
-
-
-def test_a_plan_for_the_text_model_fits_the_whole(tmp_path: Path) -> None:
-    folder = _saved(tmp_path, "qwen3_5_moe")
-    config = CondenseConfig(1, 2)
-    plan = condense_pretrained(folder, config, calibration=IDS, text_only=True).condense_plan
-    whole = condense_pretrained(folder, plan=plan)
-    assert type(whole.config).model_type == "cdmoe_qwen3_5_moe"
-    assert condense_pretrained(folder, config, calibration=IDS).condense_plan.layers == plan.layers
-
-
 # --- the table ---
 
 
@@ -436,7 +344,7 @@ def table() -> str:
     ]
     for name, wrapper in sorted(WRAPPERS.items()):
         images = "tested" if name in SEEING else "not tested"
-        alone = "yes" if _has_text_model(name) else "no"
+        alone = "yes" if has_text_model(name) else "no"
         lines.append(f"| {name} | {wrapper.model} | {wrapper.text} | {images} | {alone} |")
     lines += ["", "Refused as a whole:", "", "| model type | text part | reason |", "| --- | --- | --- |"]
     lines += [f"| {name} | {REFUSED_WRAPPERS[name][0].text} | {reason} |" for name, reason in sorted(refused.items())]

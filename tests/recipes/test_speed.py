@@ -219,6 +219,7 @@ def test_memory_of_opening(bench: Any, tmp_path: Path, capsys: pytest.CaptureFix
         assert run["resident"] >= run["anonymous"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="drops pages of the file cache")
 def test_reading_ahead(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dropped: list[str] = []
     drop = bench.reading_ahead.drop

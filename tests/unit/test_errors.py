@@ -161,7 +161,7 @@ def test_quantised(folder: Path, tmp_path: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit)
         refuses(words, apply_plan, quantised, plan_for(2))
     refuses(words, search_plan, quantised, SMALL, calibration=IDS)
-    # Weights that are stored quantised are dequantised (test_published.py), if there are any.
+    # Weights that are stored quantised are dequantised (test_dequantised.py), if there are any.
     quantised.config.save_pretrained(tmp_path / "quantised")
     refused_by_all("has a config, but no weights", tmp_path / "quantised")
 
