@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported, as in examples/quickstart.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import common
 import torch
 from safetensors import safe_open
