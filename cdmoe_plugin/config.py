@@ -15,7 +15,7 @@ from .sizes import read_budget, read_share, read_target
 _NUMBERS_OR_WORDS = ("num_experts", "expert_budget", "num_samples", "target_size")
 
 # Fields that have no meaning beside `target_size`.
-BESIDE_TARGET = ("num_layers", "num_experts", "num_routed", "routed_selection", "layers", "expert_budget")
+BESIDE_TARGET = ("num_layers", "num_experts", "num_routed", "layers", "expert_budget")
 
 # What becomes of a chosen layer.
 FORMS = ("condense", "prune_experts", "trim_layer", "trim_block")
@@ -42,7 +42,8 @@ class CondenseConfig:
             the paper. The others are condensed: of them, the dense part keeps `num_experts` experts chosen by the most
             tokens, or as many neurons with `refit_neurons`; no experts are searched. At least the router's experts per
             token, and a multiple of its groups.
-        routed_selection (`str`, defaults to `"frequency"`): How the experts that stay are chosen.
+        routed_selection (`str`, defaults to `"frequency"`): How the experts that stay are chosen, also for a
+            `target_size`.
         form (`str`, defaults to `"condense"`): What becomes of a chosen layer. The other values are baselines:
             "prune_experts" drops all experts but `num_routed`, "trim_layer" the MLP sub-layer (the residual stays) and
             "trim_block" the whole decoder layer. They search no experts, so `num_experts`, `expert_selection` and

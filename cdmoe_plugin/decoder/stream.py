@@ -110,7 +110,7 @@ class LayerStream:
     def run_layer(self, layer: int, entering: LayerOutput, batch: int) -> LayerOutput:
         """Run one decoder layer on its input for one of the batches. Call `check_finite` afterwards."""
         output = self.call_layer(layer, entering, batch)
-        self._finite.append((layer, torch.isfinite(output[0]).all()))
+        self._note(layer, output)
         return output
 
     def run_together(self, layer: int, inputs: Sequence[LayerOutput], batch: int) -> list[LayerOutput]:
@@ -128,7 +128,8 @@ class LayerStream:
             if joined is None:
                 outputs += [self.run_layer(layer, entering, batch) for entering in some]
             else:
-                self._finite += [(layer, torch.isfinite(output[0]).all()) for output in joined]
+                for output in joined:
+                    self._note(layer, output)
                 outputs += joined
         return outputs
 
@@ -158,10 +159,15 @@ class LayerStream:
             ValueError: naming the layer, if its output was not finite.
         """
         noted, self._finite = self._finite, []
-        if all(torch.stack([flag.to(noted[0][1].device) for _, flag in noted]).tolist() if noted else []):
-            return
-        layer = next(layer for layer, flag in noted if not flag)
-        raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
+        totals = torch.stack([total.to(noted[0][1].device) for _, total in noted]).tolist() if noted else []
+        for (layer, _), total in zip(noted, totals, strict=True):
+            if not math.isfinite(total):
+                raise ValueError(_not_finite(f"The output of decoder layer {layer}"))
+
+    def _note(self, layer: int, output: LayerOutput) -> None:
+        """Note the sum of an output for `check_finite`: it is finite only if all values are."""
+        hidden = output[0]
+        self._finite.append((layer, hidden.sum(dtype=torch.promote_types(hidden.dtype, torch.float32))))
 
     def in_memory(self, layer: int) -> AbstractContextManager[None]:
         """Keep the weights of an offloaded decoder layer in memory, for several calls or to read them."""
@@ -286,7 +292,7 @@ class LayerStream:
                     entering, output = output, self._run(layer, output, call)
                     if self._together and not self._joins(layer, entering, output, call):
                         self._together = 0
-                self._finite.append((layer, torch.isfinite(output[0]).all()))
+                self._note(layer, output)
         self.check_finite()
         filled = [name for name, store, size in stores if len(store) != size]
         shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 1)

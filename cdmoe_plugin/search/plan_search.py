@@ -28,8 +28,9 @@ from .layers.outputs import compare_outputs, layer_metric, needs_head
 from .layers.restricted import Groups, restricted_layers
 from .layers.variants import TOKEN_LAYERS, LayerSearchData, ModelVariants
 from .order import ascending
-from .spread.plan import all_forms, by_frequency, plan_by_size
+from .spread.plan import all_forms, plan_by_size
 from .spread.search import CurveSearch
+from .spread.staying import stay_order
 from .spread.widths import condensed_only, spread_widths
 from .spread_budget import ChosenExperts, spread_budget, uniformly
 from .state import SearchState, fingerprint
@@ -165,7 +166,8 @@ class PlanSearch:
 
     def plan_by_size(self) -> CondensePlan:
         """Search what becomes of every layer for a `target_size`, and keep the plan with the state."""
-        search = CurveSearch(self.stream, self.blocks, self.config, all_forms, by_frequency, self.state, self.processes)
+        order = stay_order(self.config)
+        search = CurveSearch(self.stream, self.blocks, self.config, all_forms, order, self.state, self.processes)
         curves = search.curves(self.calibration)
         return self._kept_plan(plan_by_size(self.model, curves, self.config, self.shape, self.calibration))
 

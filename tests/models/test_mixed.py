@@ -246,7 +246,7 @@ def test_a_refit_behind_a_router_of_the_decoder_layer_is_refused() -> None:
 @torch.no_grad()
 def test_experts_that_stay(method: str) -> None:
     """Naive saliencies, token by token in float64; of a router with two groups, as many of each."""
-    model, ids = tiny_model("deepseek_v3"), random_ids(2, 9)
+    model, ids = tiny_model("deepseek_v3"), random_ids(5, 9)
     layer, double = 2, copy.deepcopy(model).double()
     raw = double.get_submodule(f"model.layers.{layer}.mlp")
     glu, _ = naive_glus(model.config, layer)
@@ -270,6 +270,11 @@ def test_experts_that_stay(method: str) -> None:
     assert row.routed == sorted(best[0] + best[1])
     others = sorted((e for e in range(8) if counts[e] and e not in row.routed), key=lambda e: (-counts[e], e))
     assert row.experts == others[:2]
+    # The same order in a search for a size.
+    config = CondenseConfig.fast(target_size=0.7, routed_selection=method)
+    spread = search_plan(model, config, calibration=ids).spread
+    assert spread is not None
+    assert spread.layers[layer - spread.layers[0].layer].stay(4) == row.routed
 
 
 def test_a_search_with_experts_that_stay(tmp_path: Path) -> None:

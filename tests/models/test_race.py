@@ -180,8 +180,8 @@ def test_student_t_as_in_tables(freedom: int, chance: float, value: float) -> No
 
 def test_stages_hold_every_sequence_once() -> None:
     stages = draw_stages([8, 8, 8, 8, 3], 0)
-    assert [len(stage) for stage in stages] == [8, 27]
-    assert [len(stage) for stage in draw_stages([8] * 12 + [4], 0)] == [8, 16, 76]
+    assert [len(stage) for stage in stages] == [8, 8, 19]
+    assert [len(stage) for stage in draw_stages([8] * 12 + [4], 0)] == [8, 8, 16, 68]
     rows = [(batch, row) for batch, size in enumerate([8, 8, 8, 8, 3]) for row in range(size)]
     assert sorted(pair for stage in stages for pair in stage) == rows
     assert draw_stages([8, 8, 8, 8, 3], 0) == stages != draw_stages([8, 8, 8, 8, 3], 1)

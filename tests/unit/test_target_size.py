@@ -149,7 +149,6 @@ def test_fields_without_a_meaning() -> None:
         ("num_layers", 3),
         ("num_experts", 2),
         ("num_routed", 2),
-        ("routed_selection", "reap"),
         ("layers", [1]),
         ("form", "trim_layer"),
     ):

@@ -13,7 +13,8 @@ from ...plan import CondensedLayer
 from ...registry import REFIT_NEURONS
 from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
-from .ridge import add_products, inner_activations
+from .products import add_product, add_products, product_dtype
+from .ridge import inner_activations
 
 # Least squares chooses from this many times the neurons that are kept, those with the most energy.
 CANDIDATES = 2
@@ -182,15 +183,16 @@ def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> Tensor:
     """
     constant = int(mlp.down_proj.bias is not None)
     number = constant + mlp.intermediate_size
-    weight = mlp.down_proj.weight
-    products = torch.zeros(number, number + mlp.hidden_size, dtype=torch.float64, device=weight.device)
+    device = mlp.down_proj.weight.device
+    dtype = product_dtype(device)
+    products = torch.zeros(number, number + mlp.hidden_size, dtype=torch.float64, device=device)
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
-            inner = inner_activations(mlp, part.inputs).double()
+            inner = inner_activations(mlp, part.inputs).to(dtype)
             inner = torch.cat([inner.new_ones(len(inner), constant), inner], 1)
-            weighted = inner * part.weights.double()[:, None]
+            weighted = inner * part.weights.to(dtype)[:, None]
             add_products(products[:, :number], inner, weighted)
-            products[:, number:].addmm_(weighted.T, part.target.double())
+            add_product(products[:, number:], weighted, part.target.to(dtype))
     examples.processes.add_up(products)
     return products
 

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...blocks import SparseBlock
+from ...blocks import Routing, SparseBlock
 from ...decoder.record import LayerCall
 from ...processes import Processes
+
+
+class RoutedCall(Protocol):
+    """A sparse block on one batch: its inputs, `[T, H]` in the model's dtype, and its router's choice for them."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+
+    @property
+    def routing(self) -> Routing: ...
+
+
+class RoutedData(Protocol):
+    """What the choice of the experts that stay behind a router reads of a layer; the searches have one each."""
+
+    @property
+    def block(self) -> SparseBlock:
+        """The sparse block."""
+
+    @property
+    def calls(self) -> Iterable[RoutedCall]:
+        """The block on this process's calibration batches."""
+
+    @property
+    def processes(self) -> Processes:
+        """All processes of the search."""
+
+    def choice_counts(self) -> Tensor:
+        """Count the calibration tokens of all processes that chose each expert, float64 `[N]`."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...registry import EXPERT_SELECTIONS
-from .data import ExpertOrder, SparseLayerData
+from .data import ExpertOrder, RoutedData, SparseLayerData
 from .ranking import ranked
 
 
@@ -25,17 +25,17 @@ def reap_experts(data: SparseLayerData, num_experts: int) -> ExpertOrder:
     return ranked(data, num_experts, lambda data: -reap_saliencies(data))
 
 
-def reap_saliencies(data: SparseLayerData) -> Tensor:
+def reap_saliencies(data: RoutedData) -> Tensor:
     """Compute REAP's saliency of each expert, float64 `[N]`; NaN for an expert that no token chose."""
     return mean_output_norms(data, lambda norms, factors: norms * factors)
 
 
 @torch.no_grad()
-def mean_output_norms(data: SparseLayerData, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def mean_output_norms(data: RoutedData, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Compute the mean over tokens of a function of an expert's output norms and factors.
 
     Args:
-        data (`SparseLayerData`): The layer on all calibration batches.
+        data (`RoutedData`): The layer on all calibration batches.
         weigh (`Callable`): From norms `[T]` and `output_factors` of the router's weights `[T]`, float64, to `[T]`.
 
     Returns:

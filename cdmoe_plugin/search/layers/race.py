@@ -14,9 +14,9 @@ from torch import Tensor
 from ..order import TIE, Key, least
 from .variants import Condensed, LayerSearchData, ModelVariants
 
-# Sequences before candidates are first dropped; they become three times as many from stage to stage.
+# Sequences before candidates are first dropped; they become twice as many from stage to stage.
 _FIRST = 8
-_GROWTH = 3
+_GROWTH = 2
 # The chance of a difference as large as the observed one, if a candidate were as good as the best.
 _CHANCE = 1e-5
 

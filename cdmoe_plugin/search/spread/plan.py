@@ -9,18 +9,15 @@ from transformers.utils import logging
 
 from ...blocks import SparseBlock
 from ...calibration import Calibration
-from ...condense.refit import LayerExamples
-from ...condense.refit.neurons import NeuronPool
 from ...config import BESIDE_TARGET, CondenseConfig
 from ...plan import CondensePlan
 from ...plan_layer import layers_of
 from ...shapes import ModelShape
 from ...sizes import format_count, read_target
 from ...spread import LayerCurves, Spread
-from ..staying import staying_order
 from .forms import condensed_parameters, dense_widths
 from .measure import Family
-from .mixed import groups_of, mixed_forms
+from .mixed import mixed_forms
 
 logger = logging.get_logger(__name__)
 
@@ -34,11 +31,6 @@ def all_forms(block: SparseBlock, order: Sequence[int]) -> list[Family]:
     """
     condensed = Family([], dense_widths(block, 0), condensed_parameters(block)[0])
     return [condensed, *mixed_forms(block, order)]
-
-
-def by_frequency(examples: LayerExamples, pool: NeuronPool) -> list[int]:
-    """Order the experts of a layer by the number of tokens that chose them, the most first, in each group alike."""
-    return staying_order(pool.counts, groups_of(examples.block))
 
 
 def plan_by_size(
