@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
 from ..registry import METRICS
@@ -23,7 +22,7 @@ def js_divergence(target: Tensor, candidate: Tensor) -> Tensor:
     """
     p, log_p = probabilities(target)
     q, log_q = probabilities(candidate)
-    log_m = (p + q).log_().sub_(math.log(2))
+    log_m = torch.add(0.5 * p, q, alpha=0.5).log_()
     # KL from differences of logarithms: sums of p·log p and q·log q would cancel and leave rounding errors.
-    q.mul_(log_q.sub_(log_m))
-    return q.add_(p * log_m.neg_().add_(log_p)).sum(-1).mul_(0.5)
+    of_q = log_q.sub_(log_m).mul_(q)
+    return of_q.addcmul_(p, log_p - log_m).sum(-1).mul_(0.5)

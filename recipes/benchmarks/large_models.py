@@ -5,7 +5,8 @@ python recipes/benchmarks/large_models.py
 
 For each model: weights and the largest decoder layer in bfloat16, as they are in memory; the bytes of the checkpoint;
 operations of the phases on 51,200 calibration tokens; and the minutes that these take on an H100 at 40% of its 989
-TFLOP/s: with all layers in memory, and with layers on a disk that is read at 2 GB/s while the layer before computes.
+TFLOP/s, or 67 in float64: with all layers in memory, and with layers on a disk that is read at 2 GB/s while the layer
+before computes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import common  # noqa: F401  (makes transformers know this package's architectures)
+import common
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.cards.tables import format_table
+from cdmoe_plugin.condense.refit.neurons import CANDIDATES
+from cdmoe_plugin.condense.refit.ridge import STRENGTHS
+from cdmoe_plugin.search.spread.forms import MOST_NEURONS
 
 # Architecture, fields of the published config, and bits per weight on disk.
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "DeepSeekMoE-16B": ("deepseek", common.DEEPSEEK_MOE_16B, 16),
     "DeepSeek-V3": (
         "deepseek_v3",
         {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61}
@@ -47,22 +52,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
         4.25,
     ),
 }
-TOKENS, LENGTH, KEPT, CONDENSED, SHARE = 51_200, 512, 6, 15, 1 / 3
-OPERATIONS, DISK = 0.4 * 989e12, 2e9  # per second
+TOKENS, KEPT, CONDENSED, SHARE = 51_200, 6, 15, 1 / 3
+# The share of the sequences on which a search for a size measures how much the output depends on each layer.
+FEW = 0.32
+OPERATIONS, WIDE, DISK = 0.4 * 989e12, 0.4 * 67e12, 2e9  # per second
 
 
 @dataclass(frozen=True)
 class Work:
-    """The operations of a phase, and how often it reads every layer; 0 if it is not used with layers on disk."""
+    """The operations of a phase, how many of them are in float64, and how often it reads every layer.
+
+    It reads them 0 times if it is not used with layers on disk.
+    """
 
     operations: float
     reads: int
+    wide: float = 0.0
 
     def cell(self, on_disk: float) -> str:
-        """Format the operations, and the minutes with layers in memory and on disk."""
-        memory = self.operations / OPERATIONS / 60
-        disk = f"{max(memory, self.reads * on_disk / DISK / 60):,.0f}" if self.reads else "-"
-        return f"{self.operations / 1e15:,.0f}; {memory:,.0f} min; {disk} min"
+        """Format the operations, and the minutes with layers in memory and on disk, at least one."""
+        memory = ((self.operations - self.wide) / OPERATIONS + self.wide / WIDE) / 60
+        minutes = [max(1, memory), *([max(1, memory, self.reads * on_disk / DISK / 60)] if self.reads else [])]
+        return "; ".join([f"{self.operations / 1e15:,.0f}", *(f"{each:,.0f} min" for each in minutes)])
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Counts:
     layers: int
     sparse: int
     experts: int
+    top_k: int
     hidden: int
 
     def phases(self) -> dict[str, Work]:
@@ -86,17 +98,43 @@ class Counts:
         compared = 20.0 * self.sparse * KEPT * self.experts * self.hidden * TOKENS
         # Candidates share the layers before the first one that differs: half of them, in the mean.
         rounds = [forward * (self.sparse - number) / 2 + forward for number in range(CONDENSED)]
-        # After the first round: all candidates on 8 of 100 sequences, a third on 16 more, one on the others.
-        shares = [0.08 + 0.16 * SHARE for _ in rounds[1:]]
+        # After the first round: all on 8 of 100 sequences, a third on 8 more, a ninth on 16 more, one on the rest.
+        shares = [0.08 + 0.08 * SHARE + 0.16 * SHARE**2 for _ in rounds[1:]]
         raced = sum(share * (whole - forward) + forward for share, whole in zip(shares, rounds[1:], strict=True))
-        width = KEPT * self.expert // (3 * self.hidden)  # neurons of a condensed layer
+        spread, products = self.spread(), 2.0 * CONDENSED * (KEPT * self.neurons) ** 2 * TOKENS
         return {
             "expert search": Work(forward + every + compared, 1),
             "layer search, race": Work(rounds[0] + raced, 0),
             "layer search, full": Work(sum(rounds), CONDENSED),
+            # The model once for the errors, and on a few sequences once per layer.
+            "search for a size": Work(forward * (1 + FEW * self.sparse / 2) + spread, 2, spread),
             # The model once sparse and once condensed, and the sums of products of a ridge regression.
-            "refit, down_proj": Work(2 * forward + 2.0 * CONDENSED * width**2 * TOKENS, 1),
+            "refit, down_proj": Work(2 * forward + products, 1, products),
         }
+
+    @property
+    def neurons(self) -> int:
+        """The neurons of an expert."""
+        return self.expert // (3 * self.hidden)
+
+    def spread(self) -> float:
+        """Count the operations for the errors of all forms of every sparse layer, except for running the model.
+
+        See `cdmoe_plugin/search/spread/`: eighths of all experts stay, or none.
+        """
+        numbers = {round(self.experts * i / 8) for i in range(1, 8)}
+        total = 0.0
+        for routed in (0, *(number for number in numbers if number >= self.top_k)):
+            left = (self.experts - routed) * self.neurons
+            width = min(left, 3 * self.experts * self.neurons // 8, MOST_NEURONS)
+            some = min(CANDIDATES * width, left)
+            # Activations, one triangle of their products, and their products with the target.
+            each = 4.0 * some * self.hidden + 1.1 * some**2 + 2.0 * some * self.hidden
+            each += 2.0 * self.top_k * self.expert if routed else 0.0
+            choice = 2.0 * width * some * (some + self.hidden)
+            fits = len(STRENGTHS) * (7 / 3 * width**3 + 4.0 * width**2 * self.hidden)
+            total += each * TOKENS + choice + fits
+        return total * self.sparse
 
 
 def count(model_type: str, fields: dict[str, Any]) -> Counts:
@@ -119,6 +157,7 @@ def count(model_type: str, fields: dict[str, Any]) -> Counts:
         layers=len(layers),
         sparse=len(blocks),
         experts=block.num_experts,
+        top_k=top_k,
         hidden=config.hidden_size,
     )
 
@@ -153,7 +192,7 @@ def rows(models: Iterable[str]) -> list[tuple[str, ...]]:
 
 def main() -> None:
     header = ["model", "parameters", "bfloat16", "largest layer", "checkpoint", "GPUs of 80 GB that hold it"]
-    header += [*Counts(0, 0, 0, 0, 0, 0, 0, 1).phases()]
+    header += [*Counts(0, 0, 0, 0, 0, 0, 0, 0, 1).phases()]
     print("By arithmetic, not measured. Phases: 10^15 operations; minutes with layers in memory; on disk.\n")
     table = rows(MODELS)
     # Models as columns: the table is narrower.

@@ -250,9 +250,9 @@ def constants(setting: Setting) -> Figures:
         plan, figure = setting.timed(lambda: search_plan(model, config, calibration=ids))
         return {"name": name, **figure, "chosen": plan.layers[0].experts, "layers": [row.layer for row in plan.layers]}
 
-    fused = set(comparison._FUSED)
-    yield searched(f"experts of a layer, {'compiled' if kind in fused else 'plain'}", one)
-    comparison._FUSED.clear()
+    fused = dict(comparison._FUSED_ELEMENTS)
+    yield searched(f"experts of a layer, {'plain' if fused[kind] else 'compiled'}", one)
+    comparison._FUSED_ELEMENTS.clear()
     try:
         yield searched("experts of a layer, plain", one)
         own = comparison._COMPARE_ELEMENTS[kind]
@@ -261,7 +261,7 @@ def constants(setting: Setting) -> Figures:
             yield searched(f"experts of a layer, plain, {factor:g} times the elements at a time", one)
         comparison._COMPARE_ELEMENTS[kind] = own
     finally:
-        comparison._FUSED.update(fused)
+        comparison._FUSED_ELEMENTS.update(fused)
     own = stream._TOGETHER_TOKENS[kind]
     for factor in (1, *setting.sizes["factors"]):
         stream._TOGETHER_TOKENS[kind] = int(factor * own)

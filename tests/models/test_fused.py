@@ -19,8 +19,8 @@ from tests.helpers.tiny_models import random_ids, tiny_model
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, with a compiler of its own for each test."""
-    monkeypatch.setattr(comparison, "_FUSED", {"cpu"})
+    """As on a GPU or with many tokens, with a compiler of its own for each test."""
+    monkeypatch.setattr(comparison, "_FUSED_ELEMENTS", {"cpu": 0})
     comparison.fused_divergences.cache_clear()
 
 
@@ -31,7 +31,7 @@ def test_compiled_or_not(on_the_cpu: None, caplog: pytest.LogCaptureFixture) -> 
     config = CondenseConfig(layers=[1, 2], num_experts=3, batch_size=2)
     fused = search_plan(model, config, calibration=random_ids(5))
     assert "can't be compiled" not in caplog.text
-    comparison._FUSED.clear()
+    comparison._FUSED_ELEMENTS.clear()
     plain = search_plan(model, config, calibration=random_ids(5))
     for one, other in zip(fused.layers, plain.layers, strict=True):
         assert (one.layer, one.experts, one.gates) == (other.layer, other.experts, other.gates)
@@ -50,7 +50,7 @@ def test_without_a_compiler(
     logging.getLogger("transformers").propagate = True
     found = search_plan(model, config, calibration=random_ids(5))
     assert caplog.text.count("can't be compiled here") == 1
-    comparison._FUSED.clear()
+    comparison._FUSED_ELEMENTS.clear()
     assert found == search_plan(model, config, calibration=random_ids(5))
 
 

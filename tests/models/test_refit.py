@@ -166,11 +166,12 @@ def test_gpus_that_are_slow_at_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     other = search_plan(found, config, calibration=IDS)
     assert other.layers == plan.layers
     apply_plan(found, other, config, calibration=IDS)
-    pairs = zip(condensed_layers(expected).values(), condensed_layers(found).values(), strict=True)
+    pairs = list(zip(condensed_layers(expected).values(), condensed_layers(found).values(), strict=True))
     for one, two in pairs:
         torch.testing.assert_close(one.up_proj.weight, two.up_proj.weight, rtol=0, atol=0)
         torch.testing.assert_close(one.down_proj.weight, two.down_proj.weight, rtol=1e-3, atol=1e-5)
-        assert not torch.equal(one.down_proj.weight, two.down_proj.weight)
+    # Not the same ones, as products were rounded.
+    assert not all(torch.equal(one.down_proj.weight, two.down_proj.weight) for one, two in pairs)
 
 
 def test_a_layer_that_needs_no_refit_stays_folded() -> None:

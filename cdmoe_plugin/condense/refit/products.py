@@ -8,8 +8,8 @@ from torch import Tensor
 # Symmetric products are summed in so many blocks of rows, each of at least so many.
 _BLOCKS = 8
 _LEAST_BLOCK = 256
-# Compute capabilities of the GPUs that compute float64 at half the rate of float32 (P100, V100, A100, H100, B200). Others
-# compute it at a 64th of that rate.
+# Compute capabilities of the GPUs that compute float64 at half the rate of float32 (P100, V100, A100, H100, B200). Most
+# others compute it at a 64th of that rate.
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,8 +22,9 @@ logger = logging.get_logger(__name__)
 # for a CPU's cache, and large enough for a GPU.
 _COMPUTE_ELEMENTS = 2**26
 _COMPARE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-# Devices on which compiling the comparison is faster: one kernel that reads the outputs once, instead of a dozen.
-_FUSED = {"cuda"}
+# The elements of a layer's expert outputs from which it pays to compile the comparison, which takes seconds: one kernel
+# that reads the outputs once, instead of a dozen.
+_FUSED_ELEMENTS = {"cpu": 2**27, "cuda": 0}
 
 
 def divergences(
@@ -76,6 +78,10 @@ class LayerComparison:
         self.data = data
         self.calls = [list(_split(call, data)) for call in data.calls]
         self.gates = data.factors.to(data.block.device, torch.float32)[:, None, None]
+        elements = data.block.num_experts * sum(call.inputs.numel() for call in data.calls)
+        self.compare = divergences
+        if elements >= _FUSED_ELEMENTS.get(data.block.device.type, math.inf):
+            self.compare = fused_divergences()
         left = data.cache_bytes
         for chunk in self._chunks():
             size = chunk.inputs.numel() * chunk.inputs.element_size() * data.block.num_experts
@@ -92,7 +98,7 @@ class LayerComparison:
 
     def without(self) -> float:
         """Compute the divergence with the shared expert alone. Call it before `keep`."""
-        return self._total(lambda chunk, rows: self._divergence(chunk, rows, chunk.base[rows][None]))[0]
+        return self._total(lambda chunk, rows: self._divergence(chunk, rows, chunk.base[rows][None]), 1)[0]
 
     def with_each(self) -> list[float]:
         """Compute the divergence with each expert of the layer added to the kept ones; NaN for non-candidates."""
@@ -100,14 +106,12 @@ class LayerComparison:
         def added(chunk: _Chunk, rows: slice) -> Tensor:
             outputs = self._outputs(chunk)[:, rows]
             if isinstance(chunk.tail, AffineTail) and chunk.tail.finish is as_it_is:
-                run = fused_divergences() if outputs.device.type in _FUSED else divergences
                 tail = chunk.tail.part(rows)
-                return run(
-                    self.data.metric, chunk.target[rows], tail.offset, tail.slope, chunk.base[rows], outputs, self.gates
-                )
+                given = (chunk.target[rows], tail.offset, tail.slope, chunk.base[rows], outputs, self.gates)
+                return self.compare(self.data.metric, *given)
             return self._divergence(chunk, rows, torch.addcmul(chunk.base[rows], outputs.float(), self.gates))
 
-        return self._total(added)
+        return self._total(added, self.data.block.num_experts)
 
     def along(self, experts: Sequence[int]) -> list[float]:
         """Compute the divergence with none of these experts, the first, the first two, ... Call it before `keep`."""
@@ -121,20 +125,20 @@ class LayerComparison:
                 chunk.sums = torch.cat([torch.zeros_like(gated[:1]), gated.cumsum(0)])
             return self._divergence(chunk, rows, chunk.base[rows] + chunk.sums[:, rows])
 
-        return self._total(nested)
+        return self._total(nested, len(chosen) + 1)
 
     def _divergence(self, chunk: _Chunk, rows: slice, y: Tensor) -> Tensor:
         return self.data.metric(chunk.target[rows], chunk.tail(y, rows))
 
     @torch.no_grad()
-    def _total(self, per_token: Callable[[_Chunk, slice], Tensor]) -> list[float]:
-        """Sum over the tokens of all calls, without waiting for the device before the end."""
-        return self.data.processes.total([self._of_call(chunks, per_token) for chunks in self.calls]).tolist()
+    def _total(self, per_token: Callable[[_Chunk, slice], Tensor], number: int) -> list[float]:
+        """Sum over the tokens of all calls, for some candidates, without waiting for the device before the end."""
+        return self.data.processes.total([self._of_call(chunks, per_token, number) for chunks in self.calls]).tolist()
 
-    def _of_call(self, chunks: Sequence[_Chunk], per_token: Callable[[_Chunk, slice], Tensor]) -> Tensor:
+    def _of_call(self, chunks: Sequence[_Chunk], per_token: Callable[[_Chunk, slice], Tensor], number: int) -> Tensor:
         parts = []
         for chunk in chunks:
-            for rows in chunk.windows():
+            for rows in chunk.windows(number):
                 parts.append(per_token(chunk, rows).double() @ chunk.token_weights[rows].double())
             if not chunk.cached:
                 chunk.outputs = None
@@ -159,28 +163,29 @@ class _Chunk:
     target: Tensor  # float32 [t, H'], the sparse layer's output
     tail: Tail
     token_weights: Tensor  # float32 [t]
-    step: int  # tokens to compare at once
+    step: int  # tokens of one candidate to compare at once; 0 for all tokens
     cached: bool = False
     outputs: Tensor | None = None  # [N, t, H]
     sums: Tensor | None = None  # float32 [K + 1, t, H], sums of the first gated experts of an order being compared
     pending: list[int] = field(default_factory=list)  # kept, but not yet added to `base`
 
-    def windows(self) -> Iterator[slice]:
-        """Split the tokens into parts small enough to compare all candidates at once."""
-        if self.step >= len(self.inputs):
+    def windows(self, number: int) -> Iterator[slice]:
+        """Split the tokens into parts small enough to compare so many candidates at once."""
+        step = max(1, self.step // number)
+        if not self.step or step >= len(self.inputs):
             yield slice(None)
             return
-        for start in range(0, len(self.inputs), self.step):
-            yield slice(start, start + self.step)
+        for start in range(0, len(self.inputs), step):
+            yield slice(start, start + step)
 
 
 def _split(call: LayerCall, data: SparseLayerData) -> Iterator[_Chunk]:
     tokens, hidden_size = call.inputs.shape
     width = data.block.num_experts * hidden_size
-    size, step = tokens, tokens
+    size, step = tokens, 0
     if call.tail.divisible:
         size = max(1, _COMPUTE_ELEMENTS // width)
-        compared = width * call.tail.streams
+        compared = hidden_size * call.tail.streams
         step = max(1, _COMPARE_ELEMENTS.get(call.inputs.device.type, _COMPARE_ELEMENTS["cpu"]) // compared)
     for start in range(0, tokens, size):
         rows = slice(None) if size >= tokens else slice(start, start + size)

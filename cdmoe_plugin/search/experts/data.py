@@ -25,7 +25,7 @@ class RoutedCall(Protocol):
 
 
 class RoutedData(Protocol):
-    """What the choice of the experts that stay behind a router reads of a layer; the searches have one each."""
+    """The part of a layer's data that is needed to choose the experts that stay behind its router."""
 
     @property
     def block(self) -> SparseBlock:

@@ -12,7 +12,7 @@ from ...model.layers_cdmoe import CondensedMLP
 _DENSE_SHARE = 3 / 8
 # At most so many neurons, and so many different widths. Least squares chooses from twice as many, with the square of
 # that in memory.
-_MOST_NEURONS = 2**13
+MOST_NEURONS = 2**13
 _MOST_WIDTHS = 24
 # Kernels like widths that are multiples of these.
 _STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -34,7 +34,7 @@ def dense_widths(block: SparseBlock, routed: int, most: int | None = None) -> li
     step = width_step(block)
     if most is None:
         most = int(block.num_experts * _DENSE_SHARE) * block.intermediate_size
-    most = min(most, (block.num_experts - routed) * block.intermediate_size, _MOST_NEURONS)
+    most = min(most, (block.num_experts - routed) * block.intermediate_size, MOST_NEURONS)
     stride = step * max(1, -(-most // (step * _MOST_WIDTHS)))
     return list(range(0, most + 1, stride))
 
