@@ -15,7 +15,7 @@ def js_divergence(target: Tensor, candidate: Tensor) -> Tensor:
 
     Args:
         target (`Tensor`): Scores `[..., H]`; computed in float32 or wider.
-        candidate (`Tensor`): Scores `[..., H]`, broadcast against `target`.
+        candidate (`Tensor`): Scores `[..., H]`; `target` is broadcast to its shape.
 
     Returns:
         `Tensor`: `½ KL(p‖m) + ½ KL(q‖m)`, `m = ½(p + q)`, of shape `[...]`.

@@ -78,7 +78,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Counts:
-    """The parameters of a model: all, those of its largest layer, of one expert, and those that a token uses."""
+    """The parameters of a model: all, those of its largest layer, of one expert, and those that a token uses.
+
+    Then numbers of decoder layers, sparse ones, experts, experts per token, neurons of an expert, shared neurons and
+    features.
+    """
 
     total: int
     largest: int
@@ -88,6 +92,8 @@ class Counts:
     sparse: int
     experts: int
     top_k: int
+    neurons: int
+    shared: int
     hidden: int
 
     def phases(self) -> dict[str, Work]:
@@ -101,24 +107,22 @@ class Counts:
         # After the first round: all on 8 of 100 sequences, a third on 8 more, a ninth on 16 more, one on the rest.
         shares = [0.08 + 0.08 * SHARE + 0.16 * SHARE**2 for _ in rounds[1:]]
         raced = sum(share * (whole - forward) + forward for share, whole in zip(shares, rounds[1:], strict=True))
-        spread, products = self.spread(), 2.0 * CONDENSED * (KEPT * self.neurons) ** 2 * TOKENS
+        spread, width = self.spread(), KEPT * self.neurons + self.shared
+        products = CONDENSED * width * (1.1 * width + 4.0 * self.hidden) * TOKENS
+        activations = 8 * self.sparse * 4.0 * (self.shared + CANDIDATES * MOST_NEURONS) * self.hidden * TOKENS
         return {
             "expert search": Work(forward + every + compared, 1),
             "layer search, race": Work(rounds[0] + raced, 0),
             "layer search, full": Work(sum(rounds), CONDENSED),
-            # The model once for the errors, and on a few sequences once per layer.
-            "search for a size": Work(forward * (1 + FEW * self.sparse / 2) + spread, 2, spread),
+            # The model once, its experts and the candidates' activations once for each of 8 forms, and the model on a
+            # few sequences once per layer.
+            "search for a size": Work(forward * (9 + FEW * self.sparse / 2) + activations + spread, 2, spread),
             # The model once sparse and once condensed, and the sums of products of a ridge regression.
             "refit, down_proj": Work(2 * forward + products, 1, products),
         }
 
-    @property
-    def neurons(self) -> int:
-        """The neurons of an expert."""
-        return self.expert // (3 * self.hidden)
-
     def spread(self) -> float:
-        """Count the operations for the errors of all forms of every sparse layer, except for running the model.
+        """Count the operations in float64 for the errors of all forms of every sparse layer.
 
         See `cdmoe_plugin/search/spread/`: eighths of all experts stay, or none.
         """
@@ -127,10 +131,9 @@ class Counts:
         for routed in (0, *(number for number in numbers if number >= self.top_k)):
             left = (self.experts - routed) * self.neurons
             width = min(left, 3 * self.experts * self.neurons // 8, MOST_NEURONS)
-            some = min(CANDIDATES * width, left)
-            # Activations, one triangle of their products, and their products with the target.
-            each = 4.0 * some * self.hidden + 1.1 * some**2 + 2.0 * some * self.hidden
-            each += 2.0 * self.top_k * self.expert if routed else 0.0
+            some = self.shared + min(CANDIDATES * width, left)
+            # One triangle of the products of activations, and their products with the target.
+            each = 1.1 * some**2 + 2.0 * some * self.hidden
             choice = 2.0 * width * some * (some + self.hidden)
             fits = len(STRENGTHS) * (7 / 3 * width**3 + 4.0 * width**2 * self.hidden)
             total += each * TOKENS + choice + fits
@@ -158,6 +161,8 @@ def count(model_type: str, fields: dict[str, Any]) -> Counts:
         sparse=len(blocks),
         experts=block.num_experts,
         top_k=top_k,
+        neurons=block.intermediate_size,
+        shared=block.shared_intermediate_size,
         hidden=config.hidden_size,
     )
 
@@ -192,7 +197,7 @@ def rows(models: Iterable[str]) -> list[tuple[str, ...]]:
 
 def main() -> None:
     header = ["model", "parameters", "bfloat16", "largest layer", "checkpoint", "GPUs of 80 GB that hold it"]
-    header += [*Counts(0, 0, 0, 0, 0, 0, 0, 0, 1).phases()]
+    header += [*Counts(*[0] * 11).phases()]
     print("By arithmetic, not measured. Phases: 10^15 operations; minutes with layers in memory; on disk.\n")
     table = rows(MODELS)
     # Models as columns: the table is narrower.

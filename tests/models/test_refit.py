@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, apply_plan, condense_pretrained, search_plan
-from cdmoe_plugin.condense.refit import neurons, products, ridge
 from cdmoe_plugin.condense.refit.ridge import STRENGTHS
 from cdmoe_plugin.condense.refit.states import HiddenStates
 from cdmoe_plugin.model.lookup import condensed_layers
-from cdmoe_plugin.search.spread import measure
 from tests.helpers.models import sparse_model, uniform
 from tests.helpers.naive import naive_glus
 from tests.helpers.plans import some_plan
@@ -149,29 +147,6 @@ def test_same_result_for_any_batch_size_and_memory(refit: str) -> None:
         other = refitted(sparse_model("deepseek"), [1, 2], batch_size=3)
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_gpus_that_are_slow_at_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With products in float32, and their sums in float64, the same forms and nearly the same weights are found."""
-    for capability, dtype in (((9, 0), torch.float64), ((8, 9), torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert products.product_dtype(torch.device("cuda")) == dtype
-    assert products.product_dtype(torch.device("cpu")) == torch.float64
-    config = CondenseConfig.fast(target_size=0.6, refit_neurons="least_squares")
-    expected, found = (copy.deepcopy(sparse_model("qwen2_moe")) for _ in range(2))
-    plan = search_plan(expected, config, calibration=IDS)
-    apply_plan(expected, plan, config, calibration=IDS)
-    for module in (ridge, neurons, measure):
-        monkeypatch.setattr(module, "product_dtype", lambda _: torch.float32)
-    other = search_plan(found, config, calibration=IDS)
-    assert other.layers == plan.layers
-    apply_plan(found, other, config, calibration=IDS)
-    pairs = list(zip(condensed_layers(expected).values(), condensed_layers(found).values(), strict=True))
-    for one, two in pairs:
-        torch.testing.assert_close(one.up_proj.weight, two.up_proj.weight, rtol=0, atol=0)
-        torch.testing.assert_close(one.down_proj.weight, two.down_proj.weight, rtol=1e-3, atol=1e-5)
-    # Not the same ones, as products were rounded.
-    assert not all(torch.equal(one.down_proj.weight, two.down_proj.weight) for one, two in pairs)
 
 
 def test_a_layer_that_needs_no_refit_stays_folded() -> None:

@@ -13,8 +13,7 @@ from ...plan import CondensedLayer
 from ...registry import REFIT_NEURONS
 from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
-from .products import add_product, add_products, product_dtype
-from .ridge import inner_activations
+from .ridge import add_products, inner_activations
 
 # Least squares chooses from this many times the neurons that are kept, those with the most energy.
 CANDIDATES = 2
@@ -183,16 +182,15 @@ def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> Tensor:
     """
     constant = int(mlp.down_proj.bias is not None)
     number = constant + mlp.intermediate_size
-    device = mlp.down_proj.weight.device
-    dtype = product_dtype(device)
-    products = torch.zeros(number, number + mlp.hidden_size, dtype=torch.float64, device=device)
+    weight = mlp.down_proj.weight
+    products = torch.zeros(number, number + mlp.hidden_size, dtype=torch.float64, device=weight.device)
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
-            inner = inner_activations(mlp, part.inputs).to(dtype)
+            inner = inner_activations(mlp, part.inputs).double()
             inner = torch.cat([inner.new_ones(len(inner), constant), inner], 1)
-            weighted = inner * part.weights.to(dtype)[:, None]
+            weighted = inner * part.weights.double()[:, None]
             add_products(products[:, :number], inner, weighted)
-            add_product(products[:, number:], weighted, part.target.to(dtype))
+            products[:, number:].addmm_(weighted.T, part.target.double())
     examples.processes.add_up(products)
     return products
 

@@ -11,42 +11,43 @@ from ...model.layers_cdmoe import CondensedMLP
 from ...processes import Processes
 from ...registry import REFITS
 from .examples import Example, LayerExamples, RefitLayer
-from .products import add_product, add_products, product_dtype
 
 # The candidate ridge strengths, relative to the mean square of an inner activation.
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Symmetric products are summed in so many blocks of rows, each of at least so many.
+_BLOCKS = 8
+_LEAST_BLOCK = 256
 
 
 class NormalEquations:
     """Sums over tokens that determine the error of any change of the down projection. W is the layer's width.
 
     With inner activations `a` `[T, W]`, residuals `r = y - a D^T` `[T, H]` and token weights `w`, the sums are
-    `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64. Memory does not grow with T. See
-    `products.product_dtype` for the dtype of the products that are added.
+    `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64. Memory does not grow with T. With
+    products in float32, which many GPUs compute faster, rounding exceeds the smaller ridges, and solving fails.
     """
 
     def __init__(self, mlp: CondensedMLP) -> None:
         self.mlp = mlp
         bias = mlp.down_proj.bias
-        dtype = product_dtype(mlp.down_proj.weight.device)
-        self.weight = mlp.down_proj.weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.weight = mlp.down_proj.weight.double()
+        self.bias = None if bias is None else bias.double()
         width, hidden_size = mlp.intermediate_size, mlp.hidden_size
-        self.products = self.weight.new_zeros(width, width, dtype=torch.float64)
-        self.rest = self.products.new_zeros(width, hidden_size)
-        self.error = self.products.new_zeros(())
-        self.size = self.products.new_zeros(())
+        self.products = self.weight.new_zeros(width, width)
+        self.rest = self.weight.new_zeros(width, hidden_size)
+        self.error = self.weight.new_zeros(())
+        self.size = self.weight.new_zeros(())
 
     def add(self, example: Example) -> None:
         """Add some tokens to the sums."""
         for part in example.split(self.mlp.intermediate_size):
-            inner = inner_activations(self.mlp, part.inputs).to(self.weight)
-            weights, target = part.weights.to(self.weight)[:, None], part.target.to(self.weight)
-            left = target - F.linear(inner, self.weight, self.bias)
+            inner = inner_activations(self.mlp, part.inputs).double()
+            weights = part.weights.double()[:, None]
+            left = part.target.double() - F.linear(inner, self.weight, self.bias)
             add_products(self.products, inner, inner * weights)
-            add_product(self.rest, inner, left * weights)
+            self.rest.addmm_(inner.T, left * weights)
             self.error += (left.square() * weights).sum()
-            self.size += (target.square() * weights).sum()
+            self.size += (part.target.double().square() * weights).sum()
 
     def solve(self, strength: float) -> Tensor:
         """Solve the ridge regression for the change of the transposed down projection, `[W, H]`."""
@@ -101,3 +102,21 @@ def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
     """Compute the input of a condensed MLP's down projection, `[T, W]` in the dtype of `x`."""
     with patched_forward(mlp.down_proj, lambda inner: inner):
         return mlp.sum_of_experts(x)
+
+
+def add_products(products: Tensor, inner: Tensor, weighted: Tensor) -> None:
+    """Add `inner^T weighted` to `products`, where `weighted` is `inner` times a weight of each token.
+
+    The sum is symmetric, so only one of its triangles is computed, in blocks of rows: of large layers, these products
+    take most of the time of a fit.
+
+    Args:
+        products (`Tensor`): `[W, W]`, symmetric; changed in place.
+        inner (`Tensor`): Activations, `[T, W]`.
+        weighted (`Tensor`): `[T, W]`.
+    """
+    size = max(_LEAST_BLOCK, -(-len(products) // _BLOCKS))
+    for start in range(0, len(products), size):
+        rows = slice(start, start + size)
+        products[rows, start:].addmm_(inner[:, rows].T, weighted[:, start:])
+        products[start + size :, rows] = products[rows, start + size :].T

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...condense.refit.products import add_product, add_products
-from ...condense.refit.ridge import STRENGTHS
+from ...condense.refit.ridge import STRENGTHS, add_products
 
 
 @dataclass
@@ -35,10 +34,10 @@ class Sums:
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, inner: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Add tokens: activations `[T, W]`, targets `[T, features]` and weights `[T]`, all in the `product_dtype`."""
+        """Add tokens, with activations `[T, W]`, targets `[T, features]` and weights `[T]`, in float64."""
         weighted = inner * weights[:, None]
         add_products(self.products, inner, weighted)
-        add_product(self.with_target, weighted, targets)
+        self.with_target.addmm_(weighted.T, targets)
         self.size.add_(weights @ targets.square().unflatten(1, (len(self.size), -1)).sum(2))
 
     def apart(self) -> Iterator[Sums]:

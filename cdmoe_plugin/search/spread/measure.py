@@ -13,7 +13,6 @@ from ...blocks import SparseBlock
 from ...condense.refit import LayerExamples
 from ...condense.refit.examples import Example
 from ...condense.refit.neurons import CANDIDATES, NeuronPool, forward_least_squares
-from ...condense.refit.products import product_dtype
 from ...condense.refit.ridge import inner_activations
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
@@ -143,32 +142,30 @@ def _sums(examples: LayerExamples, mlp: CondensedMLP, families: Sequence[Family]
     """
     width, features = mlp.intermediate_size + int(mlp.down_proj.bias is not None), mlp.hidden_size
     device = mlp.down_proj.weight.device
-    dtype = product_dtype(device)
     found = [Sums.zeros(width, len(families) * features, len(families), device) for _ in range(2)]
     for pair in examples.both():
         for sums, example in zip(found, pair, strict=True):
             for some in example.split(mlp.intermediate_size + len(families) * features):
-                targets = torch.cat([_missing(family, some) for family in families], 1).to(dtype)
-                inner = _regressors(mlp, some.inputs, families[0].routed).to(dtype)
-                sums.add(inner, targets, some.weights.to(dtype))
+                targets = torch.cat([_missing(family, some) for family in families], 1)
+                sums.add(_regressors(mlp, some.inputs, families[0].routed), targets, some.weights.double())
     for sums in found:
         examples.processes.add_up(sums.products, sums.with_target, sums.size)
     yield from zip(*(sums.apart() for sums in found), strict=True)
 
 
 def _missing(family: Family, example: Example) -> Tensor:
-    """Compute what the routed experts do not give, float32 `[T, H]`."""
-    target = example.target
-    return target if family.routed is None else target - family.routed(example.inputs)
+    """Compute what the routed experts do not give, float64 `[T, H]`."""
+    target = example.target.double()
+    return target if family.routed is None else target - family.routed(example.inputs).double()
 
 
 def _regressors(mlp: CondensedMLP, inputs: Tensor, routed: Routed | None) -> Tensor:
-    """Compute the activations of a layer, float32 `[T, W]`; with a bias of its output, after a constant 1."""
-    inner = inner_activations(mlp, inputs.float())
+    """Compute the activations of a layer, float64 `[T, W]`; with a bias of its output, after a constant 1."""
+    inner = inner_activations(mlp, inputs.float()).double()
     gate = None if routed is None else routed.gate(inputs)
     if gate is not None:  # the shared expert's activations have it already
         shared = mlp.shared_intermediate_size
-        inner = torch.cat([inner[:, :shared], inner[:, shared:] * gate], 1)
+        inner = torch.cat([inner[:, :shared], inner[:, shared:] * gate.double()], 1)
     return torch.cat([inner.new_ones(len(inner), int(mlp.down_proj.bias is not None)), inner], 1)
 
 
