@@ -1,12 +1,15 @@
 """
 Peak memory of opening a sparse checkpoint, of condensing it by a plan while it is opened, and of searching and
-condensing it one decoder layer at a time, measured in one run (on Linux, whose /proc is read):
+condensing it one decoder layer at a time, for a number of layers or for a size, measured in one run (on Linux, whose
+/proc is read):
 
 python recipes/benchmarks/memory.py
 
-and of the last alone at DeepSeekMoE-16B's real sizes, on a disk with room for twice its 33 GB:
+and of searching layer by layer alone at DeepSeekMoE-16B's real sizes, on a disk with room for twice its 33 GB. A search
+for a size takes half an hour per layer on two cores, with as much memory for one layer as for all:
 
 python recipes/benchmarks/memory.py --preset deepseek-moe-16b --folder FOLDER
+python recipes/benchmarks/memory.py --preset deepseek-moe-16b --ways size --num_layers 2 --condensed 1 --samples 5
 
 With `--weights fp8`, the checkpoint has DeepSeek-V3's blocks of FP8 numbers, which are dequantised while they are read.
 
@@ -44,7 +47,10 @@ WAYS = {
     "sparse": "sparse model opened",
     "plan": "condensed by a plan while opening",
     "layers": "searched and condensed layer by layer",
+    "size": "searched for a size and condensed layer by layer",
 }
+# A size, as a share of all parameters.
+SIZE = {"target_size": 0.8, "refit": "down_proj", "refit_neurons": "least_squares"}
 SMALL = {
     **common.DEEPSEEK_MOE_16B,
     **{"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 704},
@@ -52,7 +58,7 @@ SMALL = {
 }
 BLOCK = 128  # of the FP8 weights that share a scale, in both dimensions
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"sizes": SMALL, "kept": 4, "ways": list(WAYS)},
+    "small": {"sizes": SMALL, "kept": 4, "ways": ["sparse", "plan", "layers"]},
     "deepseek-moe-16b": {"sizes": common.DEEPSEEK_MOE_16B, "kept": 6, "ways": ["layers"]},
 }
 
@@ -63,9 +69,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="small", help="sizes of the model and defaults of other options")
     add("--weights", choices=["bfloat16", "fp8"], default="bfloat16", help="how weights are stored (bfloat16)")
-    add("--ways", type=common.words, help=f"some of {','.join(WAYS)} (all; deepseek-moe-16b: layers)")
+    add("--ways", type=common.words, help=f"some of {','.join(WAYS)} (all but size; deepseek-moe-16b: layers)")
     add("--folder", type=Path, help="where to write the temporary checkpoints (the system's folder for such files)")
-    add("--condensed", type=int, default=9, help="layers to condense")
+    add("--condensed", type=int, default=9, help="layers to condense, unless for a size")
     add("--kept", type=int, help="experts to keep in each (4; deepseek-moe-16b: 6)")
     add("--samples", type=int, default=4, help="calibration samples of the search")
     add("--length", type=int, default=64, help="tokens of each sample")
@@ -144,8 +150,7 @@ def command_of(way: str, folder: Path, config: Any, args: argparse.Namespace) ->
     options = {
         "model_name_or_path": folder,
         "calibration": folder / "calibration.jsonl",
-        "num_layers": args.condensed,
-        "num_experts": args.kept,
+        **(SIZE if way == "size" else {"num_layers": args.condensed, "num_experts": args.kept}),
         "num_samples": args.samples,
         "max_length": args.length,
         "cache_memory": f"{bounds(config, args)['kept hidden states'] // 10**6 + 1}MB",

@@ -55,8 +55,12 @@ def test_errors_of_widths(stay: list[int], monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             patch.setattr(measure, "_MOST_BYTES", 1)
             apart, _ = measure_layer(examples, pool, families, by_least_squares=False)
-        for one, other in zip(curves, apart, strict=True):
+            chosen_apart, last = measure_layer(examples, pool, families, by_least_squares=True)
+        chosen, widest = measure_layer(examples, pool, families, by_least_squares=True)
+        for one, other in zip([*curves, *chosen], [*apart, *chosen_apart], strict=True):
             assert one.errors == pytest.approx(other.errors, rel=1e-5)
+        assert chosen[-1].errors != curves[-1].errors
+        torch.testing.assert_close(state(last), state(widest))
     curve = curves[-1]
 
     double = naive_double(model)

@@ -107,17 +107,21 @@ def test_forward_least_squares(together: int) -> None:
     target = columns @ draw(30, 4) + draw(60, 4)
     both = torch.cat([columns, target], 1)
     products = (both[:, :30] * weights[:, None]).T @ both
-    found = forward_least_squares(products, 4, 11, together)
+    before = products[:, :30].clone()
+    found = forward_least_squares(products[:, :30], products[:, 30:], 4, 11, together)
     expected = naive_least_squares(columns, target, weights, 4, 11, together)
     assert sorted(found.tolist()) == expected
     assert len(set(expected)) == 11
+    order = torch.cat([torch.arange(4), found + 4])
+    torch.testing.assert_close(products[:15, :15].tril(), before[order][:, order].tril())
 
 
 def test_one_of_two_equal_neurons_is_enough() -> None:
     columns = torch.eye(12, dtype=torch.float64)[:, [0, 0, 0, 1, 2, 3]]
     target = torch.diag(torch.tensor([9.0, 5, 3, 2, *[0] * 8], dtype=torch.float64))
     both = torch.cat([columns, target], 1)
-    assert forward_least_squares(both[:, :6].T @ both, 0, 3, 3).tolist() == [0, 3, 4]  # in this order
+    products = both[:, :6].T @ both
+    assert forward_least_squares(products[:, :6], products[:, 6:], 0, 3, 3).tolist() == [0, 3, 4]  # in this order
 
 
 def test_ties_go_to_the_lower_index() -> None:

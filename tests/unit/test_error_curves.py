@@ -1,4 +1,4 @@
-"""Error curves against ridge regressions that are solved one by one."""
+"""Error curves against ridge regressions that are solved one by one, and the memory of fits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdmoe_plugin.condense.refit.ridge import STRENGTHS
+from cdmoe_plugin.condense.refit.neurons import forward_least_squares
+from cdmoe_plugin.condense.refit.ridge import STRENGTHS, NormalEquations
+from cdmoe_plugin.model.layers_cdmoe import CondensedMLP
 from cdmoe_plugin.search.spread.errors import Sums, fits_along
+from tests.helpers.peak import peak_memory
 
 
 def sums(a: Tensor, y: Tensor, w: Tensor) -> Sums:
@@ -22,7 +25,8 @@ def test_errors_along_an_order(seed: int) -> None:
     prior, target = draw(9, 3), columns @ draw(9, 3) + draw(50, 3)
     order, numbers = torch.tensor([4, 0, 7, 2, 8]), [0, 1, 3, 5]
     fit, held_out = (sums(columns[rows], target[rows], weights[rows]) for rows in (slice(30), slice(30, 50)))
-    found = fits_along(order, numbers, fit, held_out, prior)
+    fit, held_out = fit.of(order), held_out.of(order)
+    found = fits_along(numbers, fit, held_out, prior[order])
     scale = (weights[:30, None] * columns[:30, order].square()).sum(0).mean()
     for number, error in zip(numbers, found.errors, strict=True):
         own, start = columns[:, order[:number]], prior[order[:number]]
@@ -36,3 +40,18 @@ def test_errors_along_an_order(seed: int) -> None:
         assert error == pytest.approx(float(best), rel=1e-6)
     last = target[30:] - columns[30:, order] @ found.last
     assert float((weights[30:] * last.square().sum(1)).sum()) == pytest.approx(found.errors[-1], rel=1e-9)
+
+
+def test_products_of_large_layers_are_in_memory_once() -> None:
+    """With n regressors: a fit needs n² numbers beside the sums, and the choice of regressors nothing like that."""
+    n, matrix = 600, 8 * 600**2
+    columns = torch.randn(2 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    both = sums(columns, columns[:, :4].clone(), torch.ones(2 * n, dtype=torch.float64))
+    numbers, prior = list(range(0, n + 1, 50)), torch.zeros(n, 4, dtype=torch.float64)
+    assert matrix < peak_memory(lambda: fits_along(numbers, both, both, prior)) < 1.6 * matrix
+    no_shared = {"shared_intermediate_size": 0, "shared_expert_gate": False, "bias": False}
+    equations = NormalEquations(CondensedMLP(4, {"intermediate_size": n, "hidden_act": "silu"} | no_shared))
+    equations.products.copy_(both.products)
+    assert matrix < peak_memory(lambda: equations.solve(1e-3)) < 1.1 * matrix
+    choose = lambda: forward_least_squares(both.products, both.with_target, 100, 250)  # noqa: E731
+    assert peak_memory(choose) < 0.8 * matrix

@@ -15,11 +15,15 @@ from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
 from .ridge import add_products, inner_activations
 
-# Least squares chooses from this many times the neurons that are kept, those with the most energy.
+# Least squares chooses from this many times the neurons that are kept, those with the most energy, as long as there are
+# not more regressors, with the shared expert's: their products need the square of that in memory, here 2 GB.
 CANDIDATES = 2
+MOST_REGRESSORS = 2**14
 # It takes at most this part of them at a time, each from twice as many with the highest gains.
 _ROUNDS = 36
 _POOL = 2
+# The given regressors are eliminated so many at a time, which bounds the memory of it.
+_BLOCK = 256
 # Its ridge, relative to the mean square of an activation.
 _RIDGE = 1e-3
 
@@ -101,12 +105,14 @@ def neurons_by_least_squares(
         gates (`TokenGates`, *optional*): Gates per token of all experts, by which activations are multiplied.
     """
     pool = NeuronPool(kept, examples, gates)
-    candidates = pool.of_most_energy(CANDIDATES * pool.number).sort().values
+    by_energy = pool.of_most_energy(number_of_candidates(pool.number, examples.block.shared_intermediate_size))
+    candidates = by_energy.sort().values
     if len(candidates) <= pool.number:
         return pool.choice(candidates)
-    products = activation_products(pool.choice(candidates).fold(examples.block, examples.beside is not None), examples)
+    mlp = pool.choice(candidates).fold(examples.block, examples.beside is not None)
+    products, with_target = activation_products(mlp, examples)
     given = len(products) - len(candidates)
-    chosen = forward_least_squares(products, given, pool.number).sort().values
+    chosen = forward_least_squares(products, with_target, given, pool.number).sort().values
     return pool.choice(candidates[chosen.to(candidates.device)])
 
 
@@ -174,36 +180,46 @@ class NeuronPool:
 
 
 @torch.no_grad()
-def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> Tensor:
+def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> tuple[Tensor, Tensor]:
     """Compute the weighted products of a layer's activations with each other and with the target, over tokens to fit.
 
     Returns:
-        `Tensor`: float64 `[W, W + H]`. With a bias of the output, a constant 1 comes before the W activations.
+        float64 `[W, W]` and `[W, H]`. With a bias of the output, a constant 1 comes before the activations.
     """
     constant = int(mlp.down_proj.bias is not None)
     number = constant + mlp.intermediate_size
-    weight = mlp.down_proj.weight
-    products = torch.zeros(number, number + mlp.hidden_size, dtype=torch.float64, device=weight.device)
+    products = mlp.down_proj.weight.new_zeros(number, number, dtype=torch.float64)
+    with_target = products.new_zeros(number, mlp.hidden_size)
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
             inner = inner_activations(mlp, part.inputs).double()
             inner = torch.cat([inner.new_ones(len(inner), constant), inner], 1)
             weighted = inner * part.weights.double()[:, None]
-            add_products(products[:, :number], inner, weighted)
-            products[:, number:].addmm_(weighted.T, part.target.double())
-    examples.processes.add_up(products)
-    return products
+            add_products(products, inner, weighted)
+            with_target.addmm_(weighted.T, part.target.double())
+    examples.processes.add_up(products, with_target)
+    return products, with_target
 
 
-def forward_least_squares(products: Tensor, given: int, number: int, together: int | None = None) -> Tensor:
+def number_of_candidates(number: int, given: int) -> int:
+    """Return from how many neurons least squares chooses a number of them, beside some given regressors."""
+    return max(number, min(CANDIDATES * number, MOST_REGRESSORS - given))
+
+
+def forward_least_squares(
+    products: Tensor, with_target: Tensor, given: int, number: int, together: int | None = None
+) -> Tensor:
     """Choose regressors by forward orthogonal least squares: those that reduce the squared error most.
 
     A regressor's gain is the reduction by adding it to the chosen ones. Of the regressors with the highest gains, some
     are chosen one by one (so that two alike are not both taken), before the gains of all others are computed again.
 
+    This is a Cholesky factorisation with pivots, in place, so that it needs no memory beside the products. Of the given
+    and chosen regressors, in the order of their choice, the lower triangle still has the products at the end.
+
     Args:
-        products (`Tensor`): float64 `[M, M + H]`, products of the M regressors with each other and with the target;
-            overwritten.
+        products (`Tensor`): float64 `[M, M]`, products of the M regressors with each other; overwritten.
+        with_target (`Tensor`): float64 `[M, H]`, products with the target; overwritten.
         given (`int`): The first regressors are chosen already.
         number (`int`): How many of the others to choose.
         together (`int`, *optional*): How many to choose before all gains are computed again; a 36th by default.
@@ -212,26 +228,25 @@ def forward_least_squares(products: Tensor, given: int, number: int, together: i
         `Tensor`: Indices of the chosen ones, counted from the first that is not given, in the order of their choice.
     """
     together = max(1, number // _ROUNDS) if together is None else together
-    left, size = products, len(products)
-    ridge = _RIDGE * left.diagonal()[:size].mean().clamp_min(1e-30)
-    left.diagonal()[:size].add_(ridge)
-    _take(left, torch.arange(given, device=left.device))
-    chosen = torch.zeros(size, dtype=torch.bool, device=left.device)
-    chosen[:given] = True
-    order: list[Tensor] = []
-    while (missing := number - sum(map(len, order))) > 0:
-        few = min(together, missing)
-        pool = highest_first(_gains(left, chosen))[: min(_POOL * few, size - given - number + missing)]
-        columns = torch.cat([pool, torch.arange(size, left.shape[1], device=left.device)])
-        small, taken = left[pool][:, columns], torch.zeros_like(pool, dtype=torch.bool)
-        for _ in range(few):
-            best = highest_first(_gains(small, taken))[:1]
-            taken[best] = True
-            _take(small, best)
-            order.append(pool[best])
-        chosen[pool[taken]] = True
-        _take(left, pool[taken])
-    return torch.cat(order) - given if order else chosen.new_zeros(0, dtype=torch.int64)
+    size = len(products)
+    diagonal = products.diagonal().clone()
+    products.diagonal().add_(_RIDGE * diagonal.mean().clamp_min(1e-30))
+    left = products.diagonal().clone()  # what the chosen ones leave of each regressor
+    order = torch.arange(size, device=products.device)
+    for start in range(0, given, _BLOCK):
+        _eliminate(products, with_target, left, start, min(start + _BLOCK, given))
+    for start in range(given, given + number, together):
+        end = min(start + together, given + number)
+        places = _best(products, with_target, left, order, start, end - start)
+        first = torch.arange(start, end, device=order.device)
+        moved = torch.cat([places, first[~torch.isin(first, places)]])
+        to = torch.cat([first, places[places >= end]])
+        for rows in (products, with_target, left, order):
+            rows[to] = rows[moved]
+        products[:, to] = products[:, moved]
+        _eliminate(products, with_target, left, start, end)
+    products.diagonal().copy_(diagonal[order])
+    return order[given : given + number] - given
 
 
 def highest_first(scores: Tensor) -> Tensor:
@@ -242,13 +257,40 @@ def highest_first(scores: Tensor) -> Tensor:
     return (scores.double().log2() * 2**20).round().nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
 
 
-def _gains(left: Tensor, chosen: Tensor) -> Tensor:
-    gains = left[:, len(left) :].square().sum(1) / left.diagonal()[: len(left)]
-    return gains.where(~chosen, -1.0)
+def _best(products: Tensor, with_target: Tensor, left: Tensor, order: Tensor, start: int, few: int) -> Tensor:
+    """Choose a few regressors one by one, from twice as many with the highest gains; return their places.
+
+    Equal gains are in the order of the regressors' indices, wherever they are by now.
+    """
+    by_index = order[start:].argsort() + start
+    pool = by_index[highest_first(_gains(with_target[by_index], left[by_index]))[: _POOL * few]]
+    own = products[:start, pool]
+    small, target = products[pool[:, None], pool] - own.T @ own, with_target[pool]
+    small.diagonal().copy_(left[pool])
+    chosen, taken = [], torch.zeros_like(pool, dtype=torch.bool)
+    for _ in range(few):
+        best = highest_first(_gains(target, small.diagonal()).where(~taken, -1.0))[:1]
+        taken[best] = True
+        chosen.append(pool[best])
+        row, of_target = small[best], target[best]
+        factor = row.T / row[:, best]
+        small.addmm_(factor, row, alpha=-1)
+        target.addmm_(factor, of_target, alpha=-1)
+    return torch.cat(chosen)
 
 
-def _take(left: Tensor, rows: Tensor) -> None:
-    """Subtract from products of regressors what some of them explain."""
-    if len(rows):
-        own = torch.linalg.cholesky(left[rows][:, rows])
-        left.addmm_(left[:, rows], torch.cholesky_solve(left[rows], own), alpha=-1)
+def _gains(with_target: Tensor, left: Tensor) -> Tensor:
+    return with_target.square().sum(1) / left
+
+
+def _eliminate(products: Tensor, with_target: Tensor, left: Tensor, start: int, end: int) -> None:
+    """Put the next rows of the factor into the upper triangle, and subtract what they explain of all others."""
+    rows, size = products[start:end, start:], end - start
+    new = rows - products[:start, start:end].T @ products[:start, start:]
+    own = torch.linalg.cholesky(new[:, :size])
+    new = torch.linalg.solve_triangular(own, new, upper=False)
+    target = torch.linalg.solve_triangular(own, with_target[start:end], upper=False)
+    rows[:, size:] = new[:, size:]
+    rows[:, :size].tril_(-1).add_(own.T)
+    left[end:] -= new[:, size:].square().sum(0)
+    with_target[end:].addmm_(new[:, size:].T, target, alpha=-1)

@@ -52,8 +52,9 @@ class NormalEquations:
     def solve(self, strength: float) -> Tensor:
         """Solve the ridge regression for the change of the transposed down projection, `[W, H]`."""
         ridge = strength * self.products.diagonal().mean().clamp_min(1e-30)
-        system = self.products + ridge * torch.eye(len(self.products), dtype=ridge.dtype, device=ridge.device)
-        return torch.cholesky_solve(self.rest, torch.linalg.cholesky(system))
+        factor = ridge_factor(self.products, ridge)
+        half = torch.linalg.solve_triangular(factor, self.rest, upper=False)  # unlike cholesky_solve, without a copy
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
     def error_with(self, change: Tensor) -> float:
         """Compute `sum w r²` after a change of the transposed down projection."""
@@ -102,6 +103,18 @@ def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
     """Compute the input of a condensed MLP's down projection, `[T, W]` in the dtype of `x`."""
     with patched_forward(mlp.down_proj, lambda inner: inner):
         return mlp.sum_of_experts(x)
+
+
+def ridge_factor(products: Tensor, ridge: Tensor) -> Tensor:
+    """Compute the Cholesky factor of `products + ridge I`, `[W, W]`, from the lower triangle of the products.
+
+    The ridge is added in place and taken away again: of large layers, a copy would need gigabytes.
+    """
+    diagonal = products.diagonal().clone()
+    products.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(products)
+    products.diagonal().copy_(diagonal)
+    return factor
 
 
 def add_products(products: Tensor, inner: Tensor, weighted: Tensor) -> None:

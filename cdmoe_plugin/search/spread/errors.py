@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...condense.refit.ridge import STRENGTHS, add_products
+from ...condense.refit.ridge import STRENGTHS, add_products, ridge_factor
 
 
 @dataclass
@@ -47,16 +47,7 @@ class Sums:
 
     def of(self, order: Tensor) -> Sums:
         """Return the sums for some regressors alone, in an order."""
-        return Sums(self.products[order][:, order], self.with_target[order], self.size)
-
-    def over(self, factor: Tensor) -> Sums:
-        """Return the sums for the regressors `a factor^-T`, with a lower triangular `[W, W]`.
-
-        Each new regressor is a combination of those up to its place.
-        """
-        products = torch.linalg.solve_triangular(factor, self.products, upper=False)
-        products = torch.linalg.solve_triangular(factor, products.mT, upper=False)
-        return Sums(products, torch.linalg.solve_triangular(factor, self.with_target, upper=False), self.size)
+        return Sums(self.products[order[:, None], order], self.with_target[order], self.size)
 
 
 @dataclass(frozen=True)
@@ -72,44 +63,66 @@ class Fits:
     last: Tensor
 
 
-def fits_along(order: Tensor, numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor) -> Fits:
-    """Fit the first regressors of an order, for several numbers of them, and measure the errors on held-out tokens.
+def fits_along(numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor) -> Fits:
+    """Fit the first regressors, for several numbers of them, and measure the errors on held-out tokens.
 
     Each fit is that of `refit="down_proj"`: ridge regression towards the prior, with the best of its strengths. The
     Cholesky factor of the first regressors is a part of that of all, so each strength needs one factorisation.
 
     Args:
-        order (`Tensor`): Indices of regressors.
-        numbers (`Sequence[int]`): How many of them, ascending.
-        fit (`Sums`): Over the tokens to fit on.
+        numbers (`Sequence[int]`): How many of the W regressors, ascending; the last is W.
+        fit (`Sums`): Over the tokens to fit on. Only the lower triangle of its products is read.
         held_out (`Sums`): Over the others.
         prior (`Tensor`): Coefficients of the folded layer, float64 `[W, H]`.
 
     Returns:
         `Fits`: The errors, as sums over tokens.
     """
-    fit, held_out, prior = fit.of(order := order[: numbers[-1]]), held_out.of(order), prior[order]
-    errors, last = _errors(held_out, numbers, prior), prior
-    scale = fit.products.diagonal().mean().clamp_min(1e-30) if len(order) else fit.size
-    for strength in STRENGTHS if len(order) else ():
+    errors, last = _errors(numbers, held_out, torch.eye(len(prior), dtype=prior.dtype, device=prior.device), prior)
+    scale = fit.products.diagonal().mean().clamp_min(1e-30)
+    for strength in STRENGTHS if len(prior) else ():
         ridge = strength * scale
-        factor = fit.products.clone()
-        factor.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(factor)
-        # The coefficients of the first n regressors are the solution of factor[:n, :n]^T B = half[:n].
-        half = torch.linalg.solve_triangular(factor, fit.with_target + ridge * prior, upper=False)
-        found = _errors(held_out.over(factor), numbers, half)
+        inverse = ridge_factor(fit.products, ridge)
+        _invert(inverse, numbers)
+        found, coefficients = _errors(numbers, held_out, inverse, fit.with_target + ridge * prior)
+        del inverse  # before the next one is made
         if found[-1] < errors[-1]:
-            last = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            last = coefficients
         errors = torch.minimum(errors, found)
     return Fits(errors.clamp_min(0).tolist(), last)
 
 
-def _errors(sums: Sums, numbers: Sequence[int], coefficients: Tensor) -> Tensor:
-    """Compute `sum w (y - a B)²` for the first n rows of coefficients B `[W, H]` and regressors, for several n."""
-    explained = (coefficients * sums.with_target).sum(1)
-    # The quadratic form of the first n is a sum over the first n rows and columns; of its lower triangle, over rows.
-    squares = (coefficients @ coefficients.T).mul_(sums.products).tril_()
-    squares = 2 * squares.sum(1) - squares.diagonal()
-    along = torch.cat([explained.new_zeros(1), (squares - 2 * explained).cumsum(0)])
-    return sums.size + along[torch.tensor(numbers, device=along.device)]
+def _invert(factor: Tensor, numbers: Sequence[int]) -> None:
+    """Replace a lower triangular `[W, W]` by its inverse, in blocks of rows that end at some numbers."""
+    for start, end in zip([0, *numbers], numbers, strict=False):
+        rows = factor[start:end]
+        identity = torch.eye(end - start, dtype=factor.dtype, device=factor.device)
+        own = torch.linalg.solve_triangular(rows[:, start:end], identity, upper=False)
+        rows[:, :start] = -own @ (rows[:, :start] @ factor[:start, :start])
+        rows[:, start:end] = own
+
+
+def _errors(numbers: Sequence[int], sums: Sums, inverse: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `sum w (y - a B_n)²` for the first n regressors, for several n.
+
+    Args:
+        numbers (`Sequence[int]`): The numbers n, ascending; the last is W.
+        sums (`Sums`): The sums over tokens.
+        inverse (`Tensor`): The inverse K of the Cholesky factor, lower triangular `[W, W]`.
+        right (`Tensor`): The right side R, `[W, H]`: the coefficients are `B_n = K_n^T K_n R_n`, with the first n rows
+            and columns.
+
+    Returns:
+        The errors, and the coefficients for all regressors.
+    """
+    coefficients, error, errors = torch.zeros_like(right), sums.size, []
+    for start, end in zip([0, *numbers], numbers, strict=False):
+        rows = inverse[start:end, :end]
+        half = rows @ right[:end]
+        # The coefficients change by rows^T half. With G for the products, b^T G b grows by (2 b + change)^T G change.
+        product = rows @ sums.products[:end, :end]
+        grown = 2 * (product @ coefficients[:end]) + (product @ rows.T) @ half
+        error = error + (half * (grown - 2 * (rows @ sums.with_target[:end]))).sum()
+        coefficients[:end].addmm_(rows.T, half)
+        errors.append(error)
+    return torch.stack(errors), coefficients

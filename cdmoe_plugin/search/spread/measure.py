@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from ...blocks import SparseBlock
 from ...condense.refit import LayerExamples
 from ...condense.refit.examples import Example
-from ...condense.refit.neurons import CANDIDATES, NeuronPool, forward_least_squares
+from ...condense.refit.neurons import NeuronPool, forward_least_squares, number_of_candidates
 from ...condense.refit.ridge import inner_activations
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
-from .errors import Sums, fits_along
+from .errors import Fits, Sums, fits_along
 
-# Families are measured together if the sums over both sets of tokens need no more memory.
-_MOST_BYTES = 5 * 2**30
+# Families are measured together if their sums need no more memory.
+_MOST_BYTES = 2**30
 
 
 class Routed(Protocol):
@@ -73,84 +73,127 @@ def measure_layer(
         The errors of each family, relative to the size of the target, and the widest condensed layer, fitted.
     """
     by_energy = pool.of_most_energy(pool.number)
-    candidates = [_candidates(by_energy, family, examples.block.intermediate_size) for family in families]
+    candidates = [_candidates(by_energy, family, examples.block, by_least_squares) for family in families]
     curves: list[Curve] = []
     target, widest = 1.0, None
     for places in _together(candidates, families, examples.block):
-        union = torch.cat([candidates[place] for place in places]).unique()
-        mlp = pool.choice(union).fold(examples.block).float()
-        prior, bias = mlp.down_proj.weight.T.double(), mlp.down_proj.bias
-        prior = prior if bias is None else torch.cat([bias[None].double(), prior])
-        given = len(prior) - len(union)
-        for place, (fit, held_out) in zip(places, _sums(examples, mlp, [families[i] for i in places]), strict=True):
-            family = families[place]
-            own = torch.searchsorted(union, candidates[place]) + given
-            order = _ordered(fit, own, given, family, by_least_squares)
-            fits = fits_along(order, [given + width for width in family.widths], fit, held_out, prior)
+        group = [families[place] for place in places]
+        found = _fit(examples, pool, group, [candidates[place] for place in places])
+        for family, (neurons, fits, size) in zip(group, found, strict=True):
             if widest is None:
-                target = float(held_out.size.clamp_min(1e-30))
-                widest = _condensed(examples, pool, union[order[given:] - given], fits.last)
+                target, widest = size, _condensed(examples, pool, neurons, fits.last)
             errors = [float(f"{error / target:.6g}") for error in fits.errors]
             curves.append(Curve(len(family.stay), family.parameters, family.widths, errors))
     assert widest is not None
     return curves, widest
 
 
+def _fit(
+    examples: LayerExamples, pool: NeuronPool, families: Sequence[Family], candidates: Sequence[Tensor]
+) -> list[tuple[Tensor, Fits, float]]:
+    """Fit families of a layer that share the activations of their neurons.
+
+    Returns:
+        For each family its neurons in the order of their choice, its fits, and the size of the held-out target.
+    """
+    chosen = _choose(examples, pool, families, candidates)
+    union = torch.cat([neurons for neurons, _ in chosen]).unique()
+    prior, left = _sums(examples, pool, union, families, LayerExamples.held_out)
+    given = torch.arange(len(prior) - len(union), device=prior.device)
+    found = []
+    for family, (neurons, fit) in zip(families, chosen, strict=True):
+        order = torch.cat([given, torch.searchsorted(union, neurons) + len(given)])
+        held_out = left.pop(0).of(order)
+        fits = fits_along([len(given) + width for width in family.widths], fit, held_out, prior[order])
+        found.append((neurons, fits, float(held_out.size.clamp_min(1e-30))))
+    return found
+
+
 def _together(candidates: Sequence[Tensor], families: Sequence[Family], block: SparseBlock) -> list[list[int]]:
     """Divide families, in their order, into groups with the same activations whose sums fit into memory together."""
     groups: list[list[int]] = [[]]
-    union = candidates[0][:0]
-    for place, own in enumerate(candidates):
-        both = torch.cat([union, own]).unique()
-        size = 16 * len(both) * (len(both) + block.hidden_size * (len(groups[-1]) + 1))
+    union, own = candidates[0][:0], 0
+    for place, some in enumerate(candidates):
+        both = torch.cat([union, some]).unique()
+        own += len(some) ** 2
+        size = 8 * (len(both) * (len(both) + block.hidden_size * (len(groups[-1]) + 1)) + own)
         # With a gate of the shared expert, neurons beside a router have other factors than in a condensed layer.
         other = block.shared_gate is not None and families[place - 1].routed is None
         if groups[-1] and (other or size > _MOST_BYTES):
             groups.append([])
-            both = own
+            both, own = some, len(some) ** 2
         groups[-1].append(place)
         union = both
     return groups
 
 
-def _candidates(by_energy: Tensor, family: Family, size: int) -> Tensor:
+def _candidates(by_energy: Tensor, family: Family, block: SparseBlock, by_least_squares: bool) -> Tensor:
     """Select the neurons with the most energy of experts that do not stay."""
     stay = torch.tensor(family.stay, device=by_energy.device, dtype=torch.int64)
-    left = by_energy[~torch.isin(by_energy // size, stay)]
-    return left[: CANDIDATES * family.widths[-1]]
-
-
-def _ordered(sums: Sums, places: Tensor, given: int, family: Family, by_least_squares: bool) -> Tensor:
-    """Put the given regressors, then the best of those at some places, in the order of their choice."""
+    left = by_energy[~torch.isin(by_energy // block.intermediate_size, stay)]
     number = family.widths[-1]
-    first = torch.arange(given, device=places.device)
-    if by_least_squares and number < len(places):
-        places = places.sort().values
-        index = torch.cat([first, places])
-        both = torch.cat([sums.products[index][:, index], sums.with_target[index]], 1)
-        places = places[forward_least_squares(both, given, number)]
-    return torch.cat([first, places[:number]])
+    return left[: number_of_candidates(number, block.shared_intermediate_size) if by_least_squares else number]
 
 
-def _sums(examples: LayerExamples, mlp: CondensedMLP, families: Sequence[Family]) -> Iterator[tuple[Sums, Sums]]:
-    """Yield the sums of families over tokens to fit on, and over held-out tokens. They share products of activations.
+def _choose(
+    examples: LayerExamples, pool: NeuronPool, families: Sequence[Family], candidates: Sequence[Tensor]
+) -> list[tuple[Tensor, Sums]]:
+    """Choose the neurons of families from their candidates, in an order that serves all widths.
+
+    Returns:
+        For each family the neurons, in this order, and the sums over tokens to fit on.
+    """
+    union = torch.cat(list(candidates)).unique()
+    chosen = []
+    _, left = _sums(examples, pool, union, families, LayerExamples.fit)
+    for family, own in zip(families, candidates, strict=True):
+        sums, number = left.pop(0), family.widths[-1]
+        given = torch.arange(len(sums.products) - len(union), device=own.device)
+        if number < len(own):
+            own = own.sort().values
+        places = torch.cat([given, torch.searchsorted(union, own) + len(given)])
+        if len(families) > 1 or number == len(own):
+            sums = sums.of(places)
+        if number < len(own):
+            order = forward_least_squares(sums.products, sums.with_target.clone(), len(given), number)
+            own, order = own[order], torch.cat([given, order + len(given)])
+            # A part of the products as a copy, so that the rest is not kept.
+            sums = Sums(sums.products[: len(order), : len(order)].clone(), sums.with_target[order], sums.size)
+        chosen.append((own, sums))
+    return chosen
+
+
+def _sums(
+    examples: LayerExamples,
+    pool: NeuronPool,
+    neurons: Tensor,
+    families: Sequence[Family],
+    part: Callable[[LayerExamples, int], Example],
+) -> tuple[Tensor, list[Sums]]:
+    """Compute the sums of families over tokens to fit on or over held-out ones. They share products of activations.
 
     Args:
         examples (`LayerExamples`): The layer.
-        mlp (`CondensedMLP`): The candidates of all families, as a condensed layer.
+        pool (`NeuronPool`): Its neurons.
+        neurons (`Tensor`): Those of all families.
         families (`Sequence[Family]`): The families. Their targets are what their routed experts do not give.
+        part (`Callable`): Which tokens of a batch.
+
+    Returns:
+        The coefficients of the folded layer, float64 `[W, H]`, with a bias of its output before all others; and the
+        sums of each family.
     """
-    width, features = mlp.intermediate_size + int(mlp.down_proj.bias is not None), mlp.hidden_size
-    device = mlp.down_proj.weight.device
-    found = [Sums.zeros(width, len(families) * features, len(families), device) for _ in range(2)]
-    for pair in examples.both():
-        for sums, example in zip(found, pair, strict=True):
-            for some in example.split(mlp.intermediate_size + len(families) * features):
-                targets = torch.cat([_missing(family, some) for family in families], 1)
-                sums.add(_regressors(mlp, some.inputs, families[0].routed), targets, some.weights.double())
-    for sums in found:
-        examples.processes.add_up(sums.products, sums.with_target, sums.size)
-    yield from zip(*(sums.apart() for sums in found), strict=True)
+    mlp = pool.choice(neurons).fold(examples.block).float()
+    prior, bias = mlp.down_proj.weight.T.double(), mlp.down_proj.bias
+    prior = prior if bias is None else torch.cat([bias[None].double(), prior])
+    features = mlp.hidden_size
+    sums = Sums.zeros(len(prior), len(families) * features, len(families), prior.device)
+    for batch in range(len(examples)):
+        for some in part(examples, batch).split(mlp.intermediate_size + len(families) * features):
+            targets = torch.cat([_missing(family, some) for family in families], 1)
+            sums.add(_regressors(mlp, some.inputs, families[0].routed), targets, some.weights.double())
+    examples.processes.add_up(sums.products, sums.with_target, sums.size)
+    return prior, list(sums.apart())
 
 
 def _missing(family: Family, example: Example) -> Tensor:
