@@ -85,10 +85,10 @@ def fits_along(numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor)
         inverse = ridge_factor(fit.products, ridge)
         _invert(inverse, numbers)
         found, coefficients = _errors(numbers, held_out, inverse, fit.with_target + ridge * prior)
-        del inverse  # before the next one is made
         if found[-1] < errors[-1]:
             last = coefficients
         errors = torch.minimum(errors, found)
+        del inverse, coefficients  # before the next ones are made
     return Fits(errors.clamp_min(0).tolist(), last)
 
 

@@ -16,7 +16,7 @@ from ...condense.refit.neurons import NeuronPool, forward_least_squares, number_
 from ...condense.refit.ridge import inner_activations
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
-from .errors import Fits, Sums, fits_along
+from .errors import Sums, fits_along
 
 # Families are measured together if their sums need no more memory.
 _MOST_BYTES = 2**30
@@ -79,22 +79,22 @@ def measure_layer(
     for places in _together(candidates, families, examples.block):
         group = [families[place] for place in places]
         found = _fit(examples, pool, group, [candidates[place] for place in places])
-        for family, (neurons, fits, size) in zip(group, found, strict=True):
+        for family, (errors, size, layer) in zip(group, found, strict=True):
             if widest is None:
-                target, widest = size, _condensed(examples, pool, neurons, fits.last)
-            errors = [float(f"{error / target:.6g}") for error in fits.errors]
-            curves.append(Curve(len(family.stay), family.parameters, family.widths, errors))
+                target, widest = size, layer
+            relative = [float(f"{error / target:.6g}") for error in errors]
+            curves.append(Curve(len(family.stay), family.parameters, family.widths, relative))
     assert widest is not None
     return curves, widest
 
 
 def _fit(
     examples: LayerExamples, pool: NeuronPool, families: Sequence[Family], candidates: Sequence[Tensor]
-) -> list[tuple[Tensor, Fits, float]]:
+) -> list[tuple[list[float], float, CondensedMLP | None]]:
     """Fit families of a layer that share the activations of their neurons.
 
     Returns:
-        For each family its neurons in the order of their choice, its fits, and the size of the held-out target.
+        For each family its errors, the size of the held-out target, and, if no expert stays, the widest layer.
     """
     chosen = _choose(examples, pool, families, candidates)
     union = torch.cat([neurons for neurons, _ in chosen]).unique()
@@ -105,7 +105,8 @@ def _fit(
         order = torch.cat([given, torch.searchsorted(union, neurons) + len(given)])
         held_out = left.pop(0).of(order)
         fits = fits_along([len(given) + width for width in family.widths], fit, held_out, prior[order])
-        found.append((neurons, fits, float(held_out.size.clamp_min(1e-30))))
+        layer = _condensed(examples, pool, neurons, fits.last) if family.routed is None else None
+        found.append((fits.errors, float(held_out.size.clamp_min(1e-30)), layer))
     return found
 
 
