@@ -60,7 +60,8 @@ class LayerCurves:
         neuron (`int`): Parameters of one dense neuron.
         sensitivity (`float`): How much a relative error of 1 would change the model's output.
         experts (`list[int]`): Its routed experts in the order in which they stay.
-        curves (`list[Curve]`): Its errors, by number of experts that stay.
+        curves (`list[Curve]`): Its errors, by number of experts that stay. There may be two with the same number, for
+            different widths.
     """
 
     layer: int
@@ -103,7 +104,8 @@ class LayerCurves:
         """Return the error of a form, relative to the size of the layer's output."""
         if choice == self.untouched:
             return 0.0
-        curve = next(curve for curve in self.curves if curve.routed == choice.routed)
+        same = (curve for curve in self.curves if curve.routed == choice.routed and choice.width in curve.widths)
+        curve = next(same)
         return curve.errors[curve.widths.index(choice.width)]
 
     def stay(self, number: int) -> list[int] | None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cdmoe_plugin.blocks import find_sparse_blocks
 from cdmoe_plugin.cards.tables import format_table
-from cdmoe_plugin.condense.refit.neurons import number_of_candidates
+from cdmoe_plugin.condense.refit.neurons import CANDIDATES
 from cdmoe_plugin.condense.refit.ridge import STRENGTHS
 from cdmoe_plugin.search.spread.forms import MOST_NEURONS
 
@@ -109,7 +109,7 @@ class Counts:
         raced = sum(share * (whole - forward) + forward for share, whole in zip(shares, rounds[1:], strict=True))
         spread, width = self.spread(), KEPT * self.neurons + self.shared
         products = CONDENSED * width * (1.1 * width + 4.0 * self.hidden) * TOKENS
-        some = self.shared + number_of_candidates(MOST_NEURONS, self.shared)
+        some = self.shared + CANDIDATES * MOST_NEURONS
         activations = 8 * self.sparse * 4.0 * some * self.hidden * TOKENS
         return {
             "expert search": Work(forward + every + compared, 1),
@@ -132,7 +132,7 @@ class Counts:
         for routed in (0, *(number for number in numbers if number >= self.top_k)):
             left = (self.experts - routed) * self.neurons
             width = min(left, 3 * self.experts * self.neurons // 8, MOST_NEURONS)
-            some = self.shared + min(number_of_candidates(width, self.shared), left)
+            some = self.shared + min(CANDIDATES * width, left)
             width += self.shared
             # Products of the candidates' activations on four of five tokens, of the chosen ones' on the others.
             products = 0.8 * self.products(some) + 0.2 * self.products(width)

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cdmoe_plugin import CondenseConfig, CondensePlan, apply_plan, condense_pretrained, search_plan
 from cdmoe_plugin.blocks import find_sparse_blocks, layers_path
 from cdmoe_plugin.calibration import calibration_for
+from cdmoe_plugin.condense.mixed import mix
 from cdmoe_plugin.condense.refit import LayerExamples
-from cdmoe_plugin.condense.refit.neurons import NeuronPool
-from cdmoe_plugin.condense.refit.ridge import STRENGTHS
+from cdmoe_plugin.condense.refit.examples import held_out_error, size_of
+from cdmoe_plugin.condense.refit.neurons import NeuronPool, neurons_of_most_energy
+from cdmoe_plugin.condense.refit.ridge import STRENGTHS, refit_down_proj
 from cdmoe_plugin.decoder.stream import LayerStream
 from cdmoe_plugin.decoder.whole import searching
 from cdmoe_plugin.plan import CondensedLayer
 from cdmoe_plugin.search.spread import measure
 from cdmoe_plugin.search.spread.measure import Family, measure_layer
 from cdmoe_plugin.search.spread.mixed import StayingExperts
+from cdmoe_plugin.search.spread.plan import all_forms
 from tests.helpers.models import sparse_model
 from tests.helpers.naive import naive_double, naive_expert, naive_glus, naive_route, watch
 from tests.helpers.naive_neurons import most, naive_energies, naive_neurons
@@ -33,34 +36,29 @@ WIDTH = 16
 BUDGET = {"num_layers": 2, "num_experts": "auto", "expert_budget": 4, "batch_size": 7}
 
 
+def second_layer(model: PreTrainedModel) -> tuple[LayerExamples, NeuronPool]:
+    block = next(block for block in find_sparse_blocks(model) if block.layer == 1)
+    data = calibration_for(model, IDS, CondenseConfig(batch_size=7), None)
+    stream = LayerStream(model, layers_path([block]), data.batches)
+    inputs = [stream.run_layer(0, entering, batch) for batch, entering in enumerate(stream.embeddings)]
+    examples = LayerExamples(stream, block, inputs, None, 2**20)
+    return examples, NeuronPool(CondensedLayer(1, [], [], width=block.num_experts * WIDTH), examples)
+
+
 @pytest.mark.parametrize("stay", [[], [1, 3, 6]])
 @torch.no_grad()
-def test_errors_of_widths(stay: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_widths(stay: list[int]) -> None:
     """The neurons with the most energy, fitted for each width by a naive ridge regression in float64.
 
     If experts stay behind the router, to what they do not give, with the gate of the shared expert for all neurons.
     """
     model = sparse_model("qwen2_moe")
-    block = next(block for block in find_sparse_blocks(model) if block.layer == 1)
-    data = calibration_for(model, IDS, CondenseConfig(batch_size=7), None)
     with searching(model):
-        stream = LayerStream(model, layers_path([block]), data.batches)
-        inputs = [stream.run_layer(0, entering, batch) for batch, entering in enumerate(stream.embeddings)]
-        examples = LayerExamples(stream, block, inputs, None, 2**20)
-        pool = NeuronPool(CondensedLayer(1, [], [], width=block.num_experts * WIDTH), examples)
+        examples, pool = second_layer(model)
+        block = examples.block
         families = [Family([], [0, 7, 32], 0)]
         families += [Family(stay, [0, 7, 32], 0, StayingExperts(block, stay))] if stay else []
         curves, mlp = measure_layer(examples, pool, families, by_least_squares=False)
-        # Families that do not fit into memory together have sums of their own.
-        with monkeypatch.context() as patch:
-            patch.setattr(measure, "_MOST_BYTES", 1)
-            apart, _ = measure_layer(examples, pool, families, by_least_squares=False)
-            chosen_apart, last = measure_layer(examples, pool, families, by_least_squares=True)
-        chosen, widest = measure_layer(examples, pool, families, by_least_squares=True)
-        for one, other in zip([*curves, *chosen], [*apart, *chosen_apart], strict=True):
-            assert one.errors == pytest.approx(other.errors, rel=1e-5)
-        assert chosen[-1].errors != curves[-1].errors
-        torch.testing.assert_close(state(last), state(widest))
     curve = curves[-1]
 
     double = naive_double(model)
@@ -106,6 +104,52 @@ def test_errors_of_widths(stay: list[int], monkeypatch: pytest.MonkeyPatch) -> N
         for _, e in (pair for pair in examples.both())
     )
     assert own / float(size) == pytest.approx(curves[0].errors[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "mixtral"])
+@torch.no_grad()
+def test_same_errors_if_forms_are_measured_apart(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms that do not fit into memory together have sums of their own."""
+    model = sparse_model(model_type)
+    with searching(model):
+        examples, pool = second_layer(model)
+        families = all_forms(examples.block, [4, 2, 7, 1, 0, 3, 6, 5])
+        together = [measure_layer(examples, pool, families, by) for by in (False, True)]
+        monkeypatch.setattr(measure, "_MOST_BYTES", 1)
+        apart = [measure_layer(examples, pool, families, by) for by in (False, True)]
+    for (curves, widest), (others, same) in zip(together, apart, strict=True):
+        assert [curve.errors for curve in curves] == [pytest.approx(curve.errors, rel=1e-5) for curve in others]
+        torch.testing.assert_close(state(widest), state(same))
+    # The order is another one even where the widest form takes all neurons that are left.
+    by_energy, by_least_squares = (curves for curves, _ in together)
+    for one, other in zip(by_energy, by_least_squares, strict=True):
+        assert len(one.widths) < 3 or one.errors[1:-1] != other.errors[1:-1]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "mixtral"])
+@torch.no_grad()
+def test_errors_are_those_of_fitted_layers(model_type: str) -> None:
+    model = sparse_model(model_type)
+    with searching(model):
+        examples, pool = second_layer(model)
+        block = examples.block
+        families = all_forms(block, list(range(block.num_experts)))
+        curves, _ = measure_layer(examples, pool, families, by_least_squares=False)
+        size = sum(float(size_of(examples.held_out(batch))) for batch in range(len(examples)))
+        for family, curve in zip(families, curves, strict=True):
+            assert curve.parameters == family.parameters
+            for width, error in {(curve.widths[0], curve.errors[0]), (curve.widths[-1], curve.errors[-1])}:
+                kept = CondensedLayer(1, [], [], width=width, routed=family.stay or None)
+                mixed = mix(block, kept) if family.stay else None
+                if mixed is not None and width == 0 and block.shared is None:
+                    assert error == pytest.approx(held_out_error(mixed, examples), rel=1e-4)
+                    continue
+                own = LayerExamples(examples.stream, block, examples.inputs, None, 2**20, beside=mixed)
+                mlp = neurons_of_most_energy(kept, own).fold(block, mixed is not None)
+                target = sum(float(size_of(own.held_out(batch))) for batch in range(len(own)))
+                after = refit_down_proj(mlp, own).after * target / size
+                # The ridge is relative to the activations of the widest form.
+                assert error == pytest.approx(after, rel=1e-4 if width == curve.widths[-1] else 0.02)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])

@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import ARCHITECTURES, available, tiny_model
 IDS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0)).tolist()
 MANY = torch.randint(3, 128, (150, 32), generator=torch.Generator().manual_seed(1)).tolist()
 HELD_OUT = torch.arange(20) % 5 == 4
-TYPES = ["qwen2_moe", "deepseek", "granitemoeshared", "mixtral", *filter(available, ["hy_v4"])]
+TYPES = ["qwen2_moe", "deepseek", "granitemoeshared", "mixtral", "gpt_oss", *filter(available, ["hy_v4"])]
 
 
 def refitted(model: PreTrainedModel, layers: list[int], ids: Any = IDS, **config: Any) -> PreTrainedModel:
@@ -53,14 +53,18 @@ def watch(model: Any, layer: int, places: list[str]) -> dict[str, tuple[Tensor, 
     return seen
 
 
-def by_least_squares(inner: Tensor, folded: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """The down projection that ridge regression towards the folded one gives, its strength chosen on `HELD_OUT`."""
+def by_least_squares(inner: Tensor, folded: Tensor, target: Tensor, weights: Tensor, constants: int) -> Tensor:
+    """The down projection that ridge regression towards the folded one gives, its strength chosen on `HELD_OUT`.
+
+    The first of `inner` may be constants, for a bias, without a ridge.
+    """
 
     def solve(rows: Tensor, strength: float) -> Tensor:
         a, w = inner[rows].flatten(0, 1), weights[rows].flatten()[:, None]
         left = target[rows].flatten(0, 1) - a @ folded.T
-        ridge = (strength * (a.square() * w).sum(0).mean()).sqrt()
-        system = torch.cat([a * w.sqrt(), ridge * torch.eye(a.shape[1], dtype=a.dtype)])
+        ridge = (strength * (a.square() * w).sum(0)[constants:].mean()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
+        ridge[:constants] = 0
+        system = torch.cat([a * w.sqrt(), ridge])
         goal = torch.cat([left * w.sqrt(), torch.zeros(a.shape[1], left.shape[1], dtype=a.dtype)])
         return folded + torch.linalg.lstsq(system, goal, driver="gelsd").solution.T
 
@@ -107,11 +111,17 @@ def test_down_projection_solves_the_ridge_regression(model_type: str, target: st
         if folded.shared_expert_gate is not None:
             inner[..., :width] *= torch.sigmoid(folded.shared_expert_gate(inputs))
         weights = weights / hidden.flatten(2).square().mean(-1)
-        expected = by_least_squares(inner, folded.down_proj.weight, output, weights)
         mine = condensed_layers(done)[layer]
         assert torch.equal(mine.up_proj.weight.double(), folded.up_proj.weight)
-        change = expected - folded.down_proj.weight
-        assert (mine.down_proj.weight - expected).norm() < 2e-3 * change.norm()
+        before, found = folded.down_proj.weight, mine.down_proj.weight
+        if constants := int(folded.down_proj.bias is not None):
+            inner = torch.cat([torch.ones(20, 24, 1, dtype=inner.dtype), inner], -1)
+            before, found = (
+                torch.cat([mlp.down_proj.bias[:, None], mlp.down_proj.weight], 1) for mlp in (folded, mine)
+            )
+        expected = by_least_squares(inner, before, output, weights, constants)
+        change = expected - before
+        assert (found - expected).norm() < 2e-3 * change.norm()
         assert change.norm() > 0.05 * expected.norm()
 
 

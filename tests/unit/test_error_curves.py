@@ -17,24 +17,28 @@ def sums(a: Tensor, y: Tensor, w: Tensor) -> Sums:
     return Sums(a.T @ (w[:, None] * a), a.T @ (w[:, None] * y), (w * y.square().sum(1)).sum())
 
 
+@pytest.mark.parametrize("constants", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_errors_along_an_order(seed: int) -> None:
+def test_errors_along_an_order(seed: int, constants: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     columns, weights = draw(50, 4) @ draw(4, 9) + 0.2 * draw(50, 9), draw(50).square() + 0.1
     prior, target = draw(9, 3), columns @ draw(9, 3) + draw(50, 3)
-    order, numbers = torch.tensor([4, 0, 7, 2, 8]), [0, 1, 3, 5]
+    order, numbers = torch.tensor([4, 0, 7, 2, 8]), [constants, 1 + constants, 3, 5]
+    columns[:, 4] = 1.0
     fit, held_out = (sums(columns[rows], target[rows], weights[rows]) for rows in (slice(30), slice(30, 50)))
     fit, held_out = fit.of(order), held_out.of(order)
-    found = fits_along(numbers, fit, held_out, prior[order])
-    scale = (weights[:30, None] * columns[:30, order].square()).sum(0).mean()
+    found = fits_along(numbers, fit, held_out, prior[order], constants)
+    scale = (weights[:30, None] * columns[:30, order[constants:]].square()).sum(0).mean()
     for number, error in zip(numbers, found.errors, strict=True):
         own, start = columns[:, order[:number]], prior[order[:number]]
         left = weights.sqrt()[:, None] * (target - own @ start)
-        best = left[30:].square().sum()
+        best = torch.inf if constants else left[30:].square().sum()
         for strength in STRENGTHS:
             # Ridge regression as further rows, for the change of the prior.
-            rows = torch.cat([weights[:30].sqrt()[:, None] * own[:30], (strength * scale).sqrt() * torch.eye(number)])
+            ridge = (strength * scale).sqrt() * torch.eye(number)
+            ridge[:constants] = 0
+            rows = torch.cat([weights[:30].sqrt()[:, None] * own[:30], ridge])
             change = torch.linalg.lstsq(rows, torch.cat([left[:30], torch.zeros(number, 3)]), driver="gelsd").solution
             best = min(best, (left[30:] - weights[30:].sqrt()[:, None] * (own[30:] @ change)).square().sum())
         assert error == pytest.approx(float(best), rel=1e-6)

@@ -13,12 +13,10 @@ from ...plan import CondensedLayer
 from ...registry import REFIT_NEURONS
 from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
-from .ridge import add_products, inner_activations
+from .ridge import add_products, regressors
 
-# Least squares chooses from this many times the neurons that are kept, those with the most energy, as long as there are
-# not more regressors, with the shared expert's: their products need the square of that in memory, here 2 GB.
+# Least squares chooses from this many times the neurons that are kept, those with the most energy.
 CANDIDATES = 2
-MOST_REGRESSORS = 2**14
 # It takes at most this part of them at a time, each from twice as many with the highest gains.
 _ROUNDS = 36
 _POOL = 2
@@ -105,8 +103,7 @@ def neurons_by_least_squares(
         gates (`TokenGates`, *optional*): Gates per token of all experts, by which activations are multiplied.
     """
     pool = NeuronPool(kept, examples, gates)
-    by_energy = pool.of_most_energy(number_of_candidates(pool.number, examples.block.shared_intermediate_size))
-    candidates = by_energy.sort().values
+    candidates = pool.of_most_energy(CANDIDATES * pool.number).sort().values
     if len(candidates) <= pool.number:
         return pool.choice(candidates)
     mlp = pool.choice(candidates).fold(examples.block, examples.beside is not None)
@@ -186,24 +183,17 @@ def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> tuple[Ten
     Returns:
         float64 `[W, W]` and `[W, H]`. With a bias of the output, a constant 1 comes before the activations.
     """
-    constant = int(mlp.down_proj.bias is not None)
-    number = constant + mlp.intermediate_size
+    number = mlp.intermediate_size + int(mlp.down_proj.bias is not None)
     products = mlp.down_proj.weight.new_zeros(number, number, dtype=torch.float64)
     with_target = products.new_zeros(number, mlp.hidden_size)
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
-            inner = inner_activations(mlp, part.inputs).double()
-            inner = torch.cat([inner.new_ones(len(inner), constant), inner], 1)
+            inner = regressors(mlp, part.inputs)
             weighted = inner * part.weights.double()[:, None]
             add_products(products, inner, weighted)
             with_target.addmm_(weighted.T, part.target.double())
     examples.processes.add_up(products, with_target)
     return products, with_target
-
-
-def number_of_candidates(number: int, given: int) -> int:
-    """Return from how many neurons least squares chooses a number of them, beside some given regressors."""
-    return max(number, min(CANDIDATES * number, MOST_REGRESSORS - given))
 
 
 def forward_least_squares(

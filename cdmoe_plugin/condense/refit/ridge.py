@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...blocks import patched_forward
 from ...model.layers_cdmoe import CondensedMLP
@@ -22,42 +21,39 @@ _LEAST_BLOCK = 256
 class NormalEquations:
     """Sums over tokens that determine the error of any change of the down projection. W is the layer's width.
 
-    With inner activations `a` `[T, W]`, residuals `r = y - a D^T` `[T, H]` and token weights `w`, the sums are
-    `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64. Memory does not grow with T. With
-    products in float32, which many GPUs compute faster, rounding exceeds the smaller ridges, and solving fails.
+    With inner activations `a` `[T, W]` (if the down projection has a bias, after a constant 1), residuals `r` `[T, H]`
+    and token weights `w`, the sums are `a^T w a` `[W, W]`, `a^T w r` `[W, H]`, `sum w r²` and `sum w y²`, in float64.
+    Memory does not grow with T. With products in float32, which many GPUs compute faster, rounding exceeds the smaller
+    ridges, and solving fails.
     """
 
     def __init__(self, mlp: CondensedMLP) -> None:
         self.mlp = mlp
-        bias = mlp.down_proj.bias
-        self.weight = mlp.down_proj.weight.double()
-        self.bias = None if bias is None else bias.double()
-        width, hidden_size = mlp.intermediate_size, mlp.hidden_size
-        self.products = self.weight.new_zeros(width, width)
-        self.rest = self.weight.new_zeros(width, hidden_size)
-        self.error = self.weight.new_zeros(())
-        self.size = self.weight.new_zeros(())
+        self.coefficients = coefficients(mlp)
+        self.products = self.coefficients.new_zeros(len(self.coefficients), len(self.coefficients))
+        self.rest = torch.zeros_like(self.coefficients)
+        self.error = self.products.new_zeros(())
+        self.size = self.products.new_zeros(())
 
     def add(self, example: Example) -> None:
         """Add some tokens to the sums."""
         for part in example.split(self.mlp.intermediate_size):
-            inner = inner_activations(self.mlp, part.inputs).double()
+            inner = regressors(self.mlp, part.inputs)
             weights = part.weights.double()[:, None]
-            left = part.target.double() - F.linear(inner, self.weight, self.bias)
+            left = part.target.double() - inner @ self.coefficients
             add_products(self.products, inner, inner * weights)
             self.rest.addmm_(inner.T, left * weights)
             self.error += (left.square() * weights).sum()
             self.size += (part.target.double().square() * weights).sum()
 
     def solve(self, strength: float) -> Tensor:
-        """Solve the ridge regression for the change of the transposed down projection, `[W, H]`."""
-        ridge = strength * self.products.diagonal().mean().clamp_min(1e-30)
-        factor = ridge_factor(self.products, ridge)
+        """Solve the ridge regression for the change of the bias, if any, and of the transposed down projection."""
+        factor = ridge_factor(self.products, strength, len(self.products) - self.mlp.intermediate_size)[0]
         half = torch.linalg.solve_triangular(factor, self.rest, upper=False)  # unlike cholesky_solve, without a copy
         return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
     def error_with(self, change: Tensor) -> float:
-        """Compute `sum w r²` after a change of the transposed down projection."""
+        """Compute `sum w r²` after a change of the coefficients."""
         return float(self.error - 2 * (change * self.rest).sum() + (change * (self.products @ change)).sum())
 
     def add_up(self, processes: Processes) -> None:
@@ -73,7 +69,7 @@ class NormalEquations:
 @REFITS.register("down_proj", "the down projection by ridge regression, in closed form")
 @torch.no_grad()
 def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
-    """Fit the down projection of a layer to its target by ridge regression, in closed form.
+    """Fit the down projection of a layer, with its bias, to its target by ridge regression, in closed form.
 
     The ridge strength is chosen from `STRENGTHS` on held-out sequences, and the final fit uses all sequences. If no
     strength improves on the folded layer, the layer is not changed.
@@ -88,15 +84,34 @@ def refit_down_proj(mlp: CondensedMLP, examples: LayerExamples) -> RefitLayer:
         held_out.add(to_choose)
     fit.add_up(examples.processes)
     held_out.add_up(examples.processes)
-    errors = {strength: held_out.error_with(fit.solve(strength)) for strength in STRENGTHS if mlp.intermediate_size}
+    errors = {strength: held_out.error_with(fit.solve(strength)) for strength in STRENGTHS if len(fit.products)}
     before, size = float(held_out.error), max(float(held_out.size), 1e-30)
     strength = min(errors, key=lambda s: errors[s], default=None)
     if strength is None or not errors[strength] < before:
         return RefitLayer(before / size, before / size)
     fit += held_out
-    weight = mlp.down_proj.weight
-    weight.copy_((weight.double() + fit.solve(strength).T).to(weight.dtype))
+    set_coefficients(mlp, fit.coefficients + fit.solve(strength))
     return RefitLayer(before / size, errors[strength] / size, strength)
+
+
+def coefficients(mlp: CondensedMLP) -> Tensor:
+    """Return the transposed down projection, float64 `[W, H]`, after its bias, if it has one."""
+    weight, bias = mlp.down_proj.weight.T.double(), mlp.down_proj.bias
+    return weight if bias is None else torch.cat([bias[None].double(), weight])
+
+
+def set_coefficients(mlp: CondensedMLP, values: Tensor) -> None:
+    """Set the down projection, and its bias, if it has one, from `coefficients`."""
+    weight, bias = mlp.down_proj.weight, mlp.down_proj.bias
+    if bias is not None:
+        bias.copy_(values[0].to(bias.dtype))
+    weight.copy_(values[int(bias is not None) :].T.to(weight.dtype))
+
+
+def regressors(mlp: CondensedMLP, x: Tensor) -> Tensor:
+    """Compute what `coefficients` are multiplied by, float64 `[T, W]`: inner activations, for a bias after a 1."""
+    inner = inner_activations(mlp, x).double()
+    return torch.cat([inner.new_ones(len(inner), int(mlp.down_proj.bias is not None)), inner], 1)
 
 
 def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
@@ -105,16 +120,26 @@ def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
         return mlp.sum_of_experts(x)
 
 
-def ridge_factor(products: Tensor, ridge: Tensor) -> Tensor:
-    """Compute the Cholesky factor of `products + ridge I`, `[W, W]`, from the lower triangle of the products.
+def ridge_factor(products: Tensor, strength: float, constants: int) -> tuple[Tensor, Tensor]:
+    """Compute the Cholesky factor of products of regressors, `[W, W]`, with a ridge, from their lower triangle.
 
     The ridge is added in place and taken away again: of large layers, a copy would need gigabytes.
+
+    Args:
+        products (`Tensor`): float64 `[W, W]`.
+        strength (`float`): Ridge strength, relative to the mean square of an activation.
+        constants (`int`): The first regressors are constants, for a bias, to which no ridge is added.
+
+    Returns:
+        The factor, and the ridge on each regressor, `[W, 1]`.
     """
-    diagonal = products.diagonal().clone()
-    products.diagonal().add_(ridge)
+    diagonal = products.diagonal()
+    before, ridge = diagonal.clone(), torch.zeros_like(diagonal)
+    ridge[constants:] = strength * diagonal[constants:].mean().clamp_min(1e-30)
+    diagonal.add_(ridge)
     factor = torch.linalg.cholesky(products)
-    products.diagonal().copy_(diagonal)
-    return factor
+    diagonal.copy_(before)
+    return factor, ridge[:, None]
 
 
 def add_products(products: Tensor, inner: Tensor, weighted: Tensor) -> None:

@@ -63,7 +63,7 @@ class Fits:
     last: Tensor
 
 
-def fits_along(numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor) -> Fits:
+def fits_along(numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor, constants: int = 0) -> Fits:
     """Fit the first regressors, for several numbers of them, and measure the errors on held-out tokens.
 
     Each fit is that of `refit="down_proj"`: ridge regression towards the prior, with the best of its strengths. The
@@ -74,15 +74,19 @@ def fits_along(numbers: Sequence[int], fit: Sums, held_out: Sums, prior: Tensor)
         fit (`Sums`): Over the tokens to fit on. Only the lower triangle of its products is read.
         held_out (`Sums`): Over the others.
         prior (`Tensor`): Coefficients of the folded layer, float64 `[W, H]`.
+        constants (`int`, defaults to 0): The first regressors are constants, for a bias, which depends on how many
+            others there are. It has no prior, and the folded layer is not measured then.
 
     Returns:
         `Fits`: The errors, as sums over tokens.
     """
-    errors, last = _errors(numbers, held_out, torch.eye(len(prior), dtype=prior.dtype, device=prior.device), prior)
-    scale = fit.products.diagonal().mean().clamp_min(1e-30)
+    errors, last = prior.new_full((len(numbers),), torch.inf), prior
+    if not constants:
+        identity = torch.eye(len(prior), dtype=prior.dtype, device=prior.device)
+        errors, last = _errors(numbers, held_out, identity, prior)
+        del identity
     for strength in STRENGTHS if len(prior) else ():
-        ridge = strength * scale
-        inverse = ridge_factor(fit.products, ridge)
+        inverse, ridge = ridge_factor(fit.products, strength, constants)
         _invert(inverse, numbers)
         found, coefficients = _errors(numbers, held_out, inverse, fit.with_target + ridge * prior)
         if found[-1] < errors[-1]:

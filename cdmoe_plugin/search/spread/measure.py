@@ -12,8 +12,8 @@ from torch import Tensor
 from ...blocks import SparseBlock
 from ...condense.refit import LayerExamples
 from ...condense.refit.examples import Example
-from ...condense.refit.neurons import NeuronPool, forward_least_squares, number_of_candidates
-from ...condense.refit.ridge import inner_activations
+from ...condense.refit.neurons import CANDIDATES, NeuronPool, forward_least_squares
+from ...condense.refit.ridge import coefficients, regressors, set_coefficients
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
 from .errors import Sums, fits_along
@@ -41,12 +41,15 @@ class Family:
         widths (`list[int]`): Numbers of dense neurons, ascending.
         parameters (`int`): Parameters of the layer without dense neurons.
         routed (`Callable`, *optional*): Computes their output; None if none stays.
+        dense (`bool`, defaults to `True`): Whether there is a dense part, whose output may have a bias. Without a
+            shared expert, there is none if its width is 0.
     """
 
     stay: list[int]
     widths: list[int]
     parameters: int
     routed: Routed | None = None
+    dense: bool = True
 
 
 # From a sparse block and the order in which its experts stay to the forms to measure, first those without any.
@@ -78,7 +81,7 @@ def measure_layer(
     target, widest = 1.0, None
     for places in _together(candidates, families, examples.block):
         group = [families[place] for place in places]
-        found = _fit(examples, pool, group, [candidates[place] for place in places])
+        found = _fit(examples, pool, group, [candidates[place] for place in places], by_least_squares)
         for family, (errors, size, layer) in zip(group, found, strict=True):
             if widest is None:
                 target, widest = size, layer
@@ -89,25 +92,38 @@ def measure_layer(
 
 
 def _fit(
-    examples: LayerExamples, pool: NeuronPool, families: Sequence[Family], candidates: Sequence[Tensor]
+    examples: LayerExamples,
+    pool: NeuronPool,
+    families: Sequence[Family],
+    candidates: Sequence[Tensor],
+    by_least_squares: bool,
 ) -> list[tuple[list[float], float, CondensedMLP | None]]:
     """Fit families of a layer that share the activations of their neurons.
 
     Returns:
         For each family its errors, the size of the held-out target, and, if no expert stays, the widest layer.
     """
-    chosen = _choose(examples, pool, families, candidates)
+    chosen = _choose(examples, pool, families, candidates, by_least_squares)
     union = torch.cat([neurons for neurons, _ in chosen]).unique()
-    prior, left = _sums(examples, pool, union, families, LayerExamples.held_out)
-    given = torch.arange(len(prior) - len(union), device=prior.device)
+    mlp, left = _sums(examples, pool, union, families, LayerExamples.held_out)
+    prior, constants = coefficients(mlp), int(mlp.down_proj.bias is not None)
+    del mlp
     found = []
     for family, (neurons, fit) in zip(families, chosen, strict=True):
-        order = torch.cat([given, torch.searchsorted(union, neurons) + len(given)])
+        order = _places(family, neurons, union, len(prior))
+        numbers = [len(order) - len(neurons) + width for width in family.widths]
         held_out = left.pop(0).of(order)
-        fits = fits_along([len(given) + width for width in family.widths], fit, held_out, prior[order])
+        fits = fits_along(numbers, fit, held_out, prior[order], constants if family.dense else 0)
         layer = _condensed(examples, pool, neurons, fits.last) if family.routed is None else None
         found.append((fits.errors, float(held_out.size.clamp_min(1e-30)), layer))
     return found
+
+
+def _places(family: Family, neurons: Tensor, union: Tensor, width: int) -> Tensor:
+    """Return the places of a family's regressors: those before all neurons, if it has a dense part, and its neurons."""
+    given = width - len(union)
+    places = torch.searchsorted(union, neurons) + given
+    return torch.cat([torch.arange(given, device=places.device), places]) if family.dense else places
 
 
 def _together(candidates: Sequence[Tensor], families: Sequence[Family], block: SparseBlock) -> list[list[int]]:
@@ -133,31 +149,33 @@ def _candidates(by_energy: Tensor, family: Family, block: SparseBlock, by_least_
     stay = torch.tensor(family.stay, device=by_energy.device, dtype=torch.int64)
     left = by_energy[~torch.isin(by_energy // block.intermediate_size, stay)]
     number = family.widths[-1]
-    return left[: number_of_candidates(number, block.shared_intermediate_size) if by_least_squares else number]
+    return left[: CANDIDATES * number].sort().values if by_least_squares else left[:number]
 
 
 def _choose(
-    examples: LayerExamples, pool: NeuronPool, families: Sequence[Family], candidates: Sequence[Tensor]
+    examples: LayerExamples,
+    pool: NeuronPool,
+    families: Sequence[Family],
+    candidates: Sequence[Tensor],
+    by_least_squares: bool,
 ) -> list[tuple[Tensor, Sums]]:
-    """Choose the neurons of families from their candidates, in an order that serves all widths.
+    """Put the neurons of families into an order that serves all widths.
 
     Returns:
         For each family the neurons, in this order, and the sums over tokens to fit on.
     """
     union = torch.cat(list(candidates)).unique()
+    left = _sums(examples, pool, union, families, LayerExamples.fit)[1]
     chosen = []
-    _, left = _sums(examples, pool, union, families, LayerExamples.fit)
     for family, own in zip(families, candidates, strict=True):
         sums, number = left.pop(0), family.widths[-1]
-        given = torch.arange(len(sums.products) - len(union), device=own.device)
-        if number < len(own):
-            own = own.sort().values
-        places = torch.cat([given, torch.searchsorted(union, own) + len(given)])
-        if len(families) > 1 or number == len(own):
+        places = _places(family, own, union, len(sums.products))
+        if len(families) > 1 or not by_least_squares:
             sums = sums.of(places)
-        if number < len(own):
-            order = forward_least_squares(sums.products, sums.with_target.clone(), len(given), number)
-            own, order = own[order], torch.cat([given, order + len(given)])
+        if by_least_squares:
+            given = len(places) - len(own)
+            order = forward_least_squares(sums.products, sums.with_target.clone(), given, number)
+            own, order = own[order], torch.cat([torch.arange(given, device=order.device), order + given])
             # A part of the products as a copy, so that the rest is not kept.
             sums = Sums(sums.products[: len(order), : len(order)].clone(), sums.with_target[order], sums.size)
         chosen.append((own, sums))
@@ -170,7 +188,7 @@ def _sums(
     neurons: Tensor,
     families: Sequence[Family],
     part: Callable[[LayerExamples, int], Example],
-) -> tuple[Tensor, list[Sums]]:
+) -> tuple[CondensedMLP, list[Sums]]:
     """Compute the sums of families over tokens to fit on or over held-out ones. They share products of activations.
 
     Args:
@@ -181,20 +199,17 @@ def _sums(
         part (`Callable`): Which tokens of a batch.
 
     Returns:
-        The coefficients of the folded layer, float64 `[W, H]`, with a bias of its output before all others; and the
-        sums of each family.
+        The folded layer, in float32, and the sums of each family.
     """
     mlp = pool.choice(neurons).fold(examples.block).float()
-    prior, bias = mlp.down_proj.weight.T.double(), mlp.down_proj.bias
-    prior = prior if bias is None else torch.cat([bias[None].double(), prior])
-    features = mlp.hidden_size
-    sums = Sums.zeros(len(prior), len(families) * features, len(families), prior.device)
+    width, features = mlp.intermediate_size + int(mlp.down_proj.bias is not None), mlp.hidden_size
+    sums = Sums.zeros(width, len(families) * features, len(families), mlp.down_proj.weight.device)
     for batch in range(len(examples)):
         for some in part(examples, batch).split(mlp.intermediate_size + len(families) * features):
             targets = torch.cat([_missing(family, some) for family in families], 1)
             sums.add(_regressors(mlp, some.inputs, families[0].routed), targets, some.weights.double())
     examples.processes.add_up(sums.products, sums.with_target, sums.size)
-    return prior, list(sums.apart())
+    return mlp, list(sums.apart())
 
 
 def _missing(family: Family, example: Example) -> Tensor:
@@ -204,23 +219,19 @@ def _missing(family: Family, example: Example) -> Tensor:
 
 
 def _regressors(mlp: CondensedMLP, inputs: Tensor, routed: Routed | None) -> Tensor:
-    """Compute the activations of a layer, float64 `[T, W]`; with a bias of its output, after a constant 1."""
-    inner = inner_activations(mlp, inputs.float()).double()
+    """Compute the regressors of a layer, float64 `[T, W]`, with the factor that routed experts give to its neurons."""
+    inner = regressors(mlp, inputs.float())
     gate = None if routed is None else routed.gate(inputs)
     if gate is not None:  # the shared expert's activations have it already
-        shared = mlp.shared_intermediate_size
+        shared = inner.shape[1] - mlp.intermediate_size + mlp.shared_intermediate_size
         inner = torch.cat([inner[:, :shared], inner[:, shared:] * gate.double()], 1)
-    return torch.cat([inner.new_ones(len(inner), int(mlp.down_proj.bias is not None)), inner], 1)
+    return inner
 
 
-def _condensed(examples: LayerExamples, pool: NeuronPool, neurons: Tensor, coefficients: Tensor) -> CondensedMLP:
-    """Fold neurons, and set the down projection of them and of the shared expert's."""
+def _condensed(examples: LayerExamples, pool: NeuronPool, neurons: Tensor, values: Tensor) -> CondensedMLP:
+    """Fold neurons, and set the coefficients of them and of the shared expert's."""
     ranks = neurons.argsort()
     mlp = pool.choice(neurons[ranks]).fold(examples.block)
-    given = len(coefficients) - len(neurons)
-    coefficients = torch.cat([coefficients[:given], coefficients[given:][ranks]]).to(mlp.down_proj.weight.dtype)
-    if mlp.down_proj.bias is not None:
-        mlp.down_proj.bias.copy_(coefficients[0])
-        coefficients = coefficients[1:]
-    mlp.down_proj.weight.copy_(coefficients.T)
+    given = len(values) - len(neurons)
+    set_coefficients(mlp, torch.cat([values[:given], values[given:][ranks]]))
     return mlp

@@ -27,9 +27,14 @@ def mixed_forms(block: SparseBlock, order: Sequence[int]) -> list[Family]:
     """
     families = []
     for number in numbers_that_stay(block):
-        stay = sorted(order[:number])
-        parameters = mixed_parameters(block, number)
-        families.append(Family(stay, dense_widths(block, number), parameters, StayingExperts(block, stay)))
+        stay, widths = sorted(order[:number]), dense_widths(block, number)
+        routed = StayingExperts(block, stay)
+        parameters, bare = (mixed_parameters(block, number, dense) for dense in (True, False))
+        if bare < parameters:  # without dense neurons, there is no bias of a dense part either
+            families.append(Family(stay, [0], bare, routed, dense=False))
+            widths = widths[1:]
+        if widths:
+            families.append(Family(stay, widths, parameters, routed))
     return families
 
 
