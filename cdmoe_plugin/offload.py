@@ -84,7 +84,20 @@ def unreachable(model: nn.Module) -> list[str]:
 def in_memory_copy(module: nn.Module) -> nn.Module:
     """Copy a module with all its weights in memory."""
     with in_memory(module):
-        return remove_hook_from_module(copy.deepcopy(module), recurse=True)
+        return copy_without_hooks(module)
+
+
+def copy_without_hooks(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module, with the memo of `copy.deepcopy`, and take off the hooks of the copy.
+
+    accelerate leaves a module's `forward` behind as an attribute of itself, a cycle that would keep the copy's weights
+    in memory until Python collects garbage.
+    """
+    found = remove_hook_from_module(copy.deepcopy(module, memo), recurse=True)
+    for part in found.modules():
+        if getattr(vars(part).get("forward"), "__func__", None) is type(part).forward:
+            del part.forward
+    return found
 
 
 def weight_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

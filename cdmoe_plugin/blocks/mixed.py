@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..model.layers_cdmoe import CondensedMLP, add_dense
+from ..offload import copy_without_hooks
 from .block import SparseBlock
 from .weights import UnsupportedModelError, expert_parameters
 
@@ -57,6 +56,10 @@ class RoutedPart:
             self.counts += [
                 f"{path}.{name}" for name, value in vars(module).items() if self._counts(path, name, value, count)
             ]
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> RoutedPart:
+        """Return the same object: a copy of a mixed layer has no use for copies of all experts of its block."""
+        return self
 
     @property
     def top_k(self) -> int:
@@ -189,9 +192,7 @@ class RoutedPart:
                 memo |= {id(value): value for value in (*shared, getattr(module, "_hf_hook", None))}
         if block.shared is not None:
             memo[id(block.shared)] = dense
-        copies = {
-            place: remove_hook_from_module(copy.deepcopy(root, memo), recurse=True) for place, root in roots.items()
-        }
+        copies = {place: copy_without_hooks(root, memo) for place, root in roots.items()}
         for name in self.counts:
             place, _, rest = name.partition(".")
             path, _, attribute = rest.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def test_read_from_disk(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "other"))
     assert differing(state(one), state(two)) == []
+
+
+def test_no_weights_wait_for_the_garbage_collector(tmp_path: Path) -> None:
+    """Copies of experts are freed at once: in cycles, several would be in memory together."""
+    sparse = tiny_model("mixtral")
+    sparse.save_pretrained(tmp_path / "sparse")
+    config = CondenseConfig.best(target_size=0.7, batch_size=7, refit_steps=2)
+    gc.collect()
+    gc.disable()
+    try:
+        done = condense_pretrained(tmp_path / "sparse", config, calibration=IDS, offload_folder=tmp_path / "offload")
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        waiting = [each for each in gc.garbage if isinstance(each, torch.Tensor) and not each.is_meta]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert any(layer.routed for layer in done.condense_plan.layers)
+    experts = sum(parameter.nbytes for parameter in sparse.model.layers[1].mlp.experts.parameters())
+    assert sum({each.data_ptr(): each.nbytes for each in waiting}.values()) < experts / len(IDS)
 
 
 def test_alike_for_stock_checkpoints() -> None:
