@@ -6,7 +6,7 @@ condensing it one decoder layer at a time, for a number of layers or for a size,
 python recipes/benchmarks/memory.py
 
 and of searching layer by layer alone at DeepSeekMoE-16B's real sizes, on a disk with room for twice its 33 GB. A search
-for a size takes half an hour per layer on two cores, with as much memory for one layer as for all:
+for a size takes three quarters of an hour per layer on two cores, with as much memory for one layer as for all:
 
 python recipes/benchmarks/memory.py --preset deepseek-moe-16b --folder FOLDER
 python recipes/benchmarks/memory.py --preset deepseek-moe-16b --ways size --num_layers 2 --condensed 1 --samples 5
