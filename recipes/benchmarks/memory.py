@@ -200,10 +200,9 @@ def main(given: Sequence[str] | None = None) -> None:
             found[way] = watch(command_of(way, whole, config, args), whole / f"{way}.log")
             found[way] |= {f"{kind}_own": found[way][kind] - program[kind] for kind in ("anonymous", "resident")}
     parts = bounds(config, args)
-    print(
-        f"Checkpoint of {size / 1e9:.2f} GB; {args.condensed} of {config.num_hidden_layers - 1} sparse "
-        f"layers condensed to {args.kept} of {config.n_routed_experts} experts; {common.where(torch.device('cpu'))}\n"
-    )
+    layers = f"{args.condensed} of {config.num_hidden_layers - 1} sparse layers condensed to {args.kept} of"
+    layers = f"{layers} {config.n_routed_experts} experts, unless for a size"
+    print(f"Checkpoint of {size / 1e9:.2f} GB; {layers}; {common.where(torch.device('cpu'))}\n")
     kinds = ("anonymous", "anonymous_own", "resident", "resident_own")
     rows = [
         (WAYS[w], *(f"{run[k] / 1e9:.2f} GB" for k in kinds), f"{run['seconds']:.0f} s") for w, run in found.items()

@@ -108,7 +108,7 @@ def test_no_weights_wait_for_the_garbage_collector(tmp_path: Path) -> None:
         gc.enable()
     assert any(layer.routed for layer in done.condense_plan.layers)
     experts = sum(parameter.nbytes for parameter in sparse.model.layers[1].mlp.experts.parameters())
-    assert sum({each.data_ptr(): each.nbytes for each in waiting}.values()) < experts / len(IDS)
+    assert sum({each.data_ptr(): each.nbytes for each in waiting}.values()) < 0.05 * experts
 
 
 def test_alike_for_stock_checkpoints() -> None:

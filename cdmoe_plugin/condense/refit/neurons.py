@@ -252,8 +252,9 @@ def _best(products: Tensor, with_target: Tensor, left: Tensor, order: Tensor, st
 
     Equal gains are in the order of the regressors' indices, wherever they are by now.
     """
-    by_index = order[start:].argsort() + start
-    pool = by_index[highest_first(_gains(with_target[by_index], left[by_index]))[: _POOL * few]]
+    by_index = order[start:].argsort()
+    gains = _gains(with_target[start:], left[start:])[by_index]
+    pool = by_index[highest_first(gains)[: _POOL * few]] + start
     own = products[:start, pool]
     small, target = products[pool[:, None], pool] - own.T @ own, with_target[pool]
     small.diagonal().copy_(left[pool])

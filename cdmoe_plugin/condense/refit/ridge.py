@@ -111,7 +111,7 @@ def set_coefficients(mlp: CondensedMLP, values: Tensor) -> None:
 def regressors(mlp: CondensedMLP, x: Tensor) -> Tensor:
     """Compute what `coefficients` are multiplied by, float64 `[T, W]`: inner activations, for a bias after a 1."""
     inner = inner_activations(mlp, x).double()
-    return torch.cat([inner.new_ones(len(inner), int(mlp.down_proj.bias is not None)), inner], 1)
+    return inner if mlp.down_proj.bias is None else torch.cat([inner.new_ones(len(inner), 1), inner], 1)
 
 
 def inner_activations(mlp: CondensedMLP, x: Tensor) -> Tensor:
