@@ -8,8 +8,9 @@ from torch import Tensor
 
 from cdmoe_plugin.condense.refit.neurons import forward_least_squares
 from cdmoe_plugin.condense.refit.ridge import STRENGTHS, NormalEquations
+from cdmoe_plugin.condense.refit.sums import Sums
 from cdmoe_plugin.model.layers_cdmoe import CondensedMLP
-from cdmoe_plugin.search.spread.errors import Sums, fits_along
+from cdmoe_plugin.search.spread.errors import fits_along
 from tests.helpers.peak import peak_memory
 
 

@@ -13,7 +13,8 @@ from ...plan import CondensedLayer
 from ...registry import REFIT_NEURONS
 from ..fold import TokenGates, fold, fold_beside
 from .examples import LayerExamples
-from .ridge import add_products, regressors
+from .ridge import regressors
+from .sums import Sums
 
 # Least squares chooses from this many times the neurons that are kept, those with the most energy.
 CANDIDATES = 2
@@ -184,16 +185,12 @@ def activation_products(mlp: CondensedMLP, examples: LayerExamples) -> tuple[Ten
         float64 `[W, W]` and `[W, H]`. With a bias of the output, a constant 1 comes before the activations.
     """
     number = mlp.intermediate_size + int(mlp.down_proj.bias is not None)
-    products = mlp.down_proj.weight.new_zeros(number, number, dtype=torch.float64)
-    with_target = products.new_zeros(number, mlp.hidden_size)
+    sums = Sums.zeros(number, mlp.hidden_size, 1, mlp.down_proj.weight.device)
     for batch in range(len(examples)):
         for part in examples.fit(batch).split(mlp.intermediate_size):
-            inner = regressors(mlp, part.inputs)
-            weighted = inner * part.weights.double()[:, None]
-            add_products(products, inner, weighted)
-            with_target.addmm_(weighted.T, part.target.double())
-    examples.processes.add_up(products, with_target)
-    return products, with_target
+            sums.add(regressors(mlp, part.inputs), part.target.double(), part.weights.double())
+    examples.processes.add_up(sums.products, sums.with_target)
+    return sums.products, sums.with_target
 
 
 def forward_least_squares(

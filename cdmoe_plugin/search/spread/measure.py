@@ -14,9 +14,10 @@ from ...condense.refit import LayerExamples
 from ...condense.refit.examples import Example
 from ...condense.refit.neurons import CANDIDATES, NeuronPool, forward_least_squares
 from ...condense.refit.ridge import coefficients, regressors, set_coefficients
+from ...condense.refit.sums import Sums
 from ...model.layers_cdmoe import CondensedMLP
 from ...spread import Curve
-from .errors import Sums, fits_along
+from .errors import fits_along
 
 # Families are measured together if their sums need no more memory.
 _MOST_BYTES = 2**30
